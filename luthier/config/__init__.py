@@ -1,0 +1,31 @@
+"""The config: its keys, how it is read, and what it says of itself."""
+
+from luthier.config.datasets import DataConfig, DatasetEntry, UserPrompt
+from luthier.config.load import Config
+from luthier.config.schema import (
+    AdapterConfig,
+    EvaluationConfig,
+    FreezeConfig,
+    LoggingConfig,
+    ModelConfig,
+    OutputConfig,
+    PrecisionConfig,
+    SpecialTokens,
+    TrainingConfig,
+)
+
+__all__ = [
+    "AdapterConfig",
+    "Config",
+    "DataConfig",
+    "DatasetEntry",
+    "EvaluationConfig",
+    "FreezeConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "OutputConfig",
+    "PrecisionConfig",
+    "SpecialTokens",
+    "TrainingConfig",
+    "UserPrompt",
+]

@@ -1,0 +1,124 @@
+"""The keys that say which data is trained and how a row becomes tokens.
+
+A dataset entry names its own columns; everything that it leaves unset falls back to what its `type` expects.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from luthier.config.base import Section
+
+TrainOnEos = Literal["turn", "last", "all"]
+
+
+class UserPrompt(Section):
+    """A prompt format of your own, written in place of a type's name."""
+
+    system_prompt: str | None = None
+    """System text used where a row has none."""
+    system_format: str | None = None
+    """How the system text is set, with `{system}` in it. Default: the text alone."""
+    format: str | None = None
+    """The prompt, with `{instruction}` and `{input}` in it (and `{system}`, if it belongs there)."""
+    no_input_format: str | None = None
+    """The prompt for rows whose input is empty, with `{instruction}` in it. Default: `format`."""
+    field_instruction: str | None = None
+    """Column of the instruction. Default: `instruction`."""
+    field_input: str | None = None
+    """Column of the input. Default: `input`."""
+    field_output: str | None = None
+    """Column of the answer. Default: `output`."""
+    field_system: str | None = None
+    """Column of the system text. Default: `system`."""
+    field: str | None = None
+    """Column that holds the whole text, for formats that have one column only."""
+
+
+class DatasetEntry(Section):
+    """One dataset: where it is, what its rows look like, and which of their tokens are trained."""
+
+    path: str
+    """A file (json, jsonl, csv, parquet, arrow), a folder of them, or a dataset id on the Hugging Face hub. `#1000`
+    at its end takes the first 1000 rows."""
+    name: str | None = None
+    """Configuration of a hub dataset (its subset)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset."""
+    split: str | None = None
+    """Split to take. Default: `train`."""
+    data_files: str | list[str] | None = None
+    """Which files of the folder or hub dataset are read. Default: all of them."""
+    ds_type: Literal["json", "csv", "parquet", "arrow"] | None = None
+    """File format, where the file names do not say it. `json` stands for jsonl too."""
+    type: str | UserPrompt | None = None
+    """What a row is: `alpaca`, `alpaca_chat.load_qa`, `chat_template`, `completion`, `input_output`, or a mapping that
+    describes your own prompt. Unset: rows are tokens already (`input_ids` and `labels`)."""
+    field: str | None = None
+    """Column of the text, for `completion`. Default: `text`."""
+    field_instruction: str | None = None
+    """Column of the instruction or question. Default: the type's."""
+    field_input: str | None = None
+    """Column of the input. Default: the type's."""
+    field_output: str | None = None
+    """Column of the answer. Default: the type's."""
+    field_system: str | None = None
+    """Column of the system text. Default: `system`."""
+    field_messages: str | None = None
+    """Column of the messages, for `chat_template`. Default: `messages`."""
+    field_tools: str | None = None
+    """Column of the tool descriptions, for `chat_template`. Default: `tools`."""
+    message_property_mappings: dict[str, str] = {}
+    """What the parts of a message are called in this dataset, such as `role: from` and `content: value`."""
+    roles: dict[str, list[str]] = {}
+    """Role names of the template, each with the names that this dataset has for it, such as `user: [human]`."""
+    chat_template: str | None = None
+    """Chat template for this dataset only; see the key of the same name at the top level."""
+    roles_to_train: list[str] | None = None
+    """Roles whose turns are trained. Default: `[assistant]`."""
+    train_on_eos: TrainOnEos | None = None
+    """Which end-of-turn tokens are trained: those of trained turns (`turn`), the last one (`last`), or `all`.
+    Default: `turn`."""
+    train_on_inputs: bool | None = None
+    """Train prompts as well, for this dataset only. Default: the top-level key."""
+    labels_shifted: bool = False
+    """The `labels` column is already shifted by one against `input_ids`; it is shifted back before training."""
+
+
+class DataConfig(Section):
+    """What is trained on, and how it is turned into tokens."""
+
+    datasets: Annotated[list[DatasetEntry], Field(min_length=1)]
+    """The training data: a list of entries, each with `path`, `type`, and further keys of its own."""
+    test_datasets: list[DatasetEntry] = []
+    """Validation data, in the same form as `datasets`; instead of `val_set_size`."""
+    val_set_size: Annotated[int | float, Field(ge=0)] = 0
+    """Part of the training data that is held out for validation: a fraction below 1, or a number of rows."""
+    sequence_len: Annotated[int, Field(ge=1)] = 2048
+    """Longest document, in tokens. What happens to longer ones is said by `excess_length_strategy`."""
+    sample_packing: bool = False
+    """Count `micro_batch_size` in packed rows of `sequence_len` tokens rather than in documents. Documents never see
+    each other, and no padding is computed, either way."""
+    excess_length_strategy: Literal["drop", "truncate", "raise"] = "drop"
+    """What is done with documents longer than `sequence_len`; their number is reported in each case."""
+    skip_bad_rows: bool = False
+    """Leave out rows that cannot be read or lack a field, and report how many; otherwise the first one is an error."""
+    train_on_inputs: bool = False
+    """Train the prompts as well as the answers."""
+    chat_template: str | None = None
+    """Chat template: `tokenizer_default` (the model's own), a name such as `chatml` or `llama3`, a path of a `.jinja`
+    file, or `jinja` for the text in `chat_template_jinja`. Default: the model's own."""
+    chat_template_jinja: str | None = None
+    """Text of a chat template, or the path of a file that holds it; goes with `chat_template: jinja`."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Variables handed to the chat template, such as `enable_thinking: false`."""
+    eot_tokens: list[str] | None = None
+    """Tokens that end a turn. Default: found from the chat template."""
+    dataset_prepared_path: str | None = None
+    """Folder in which tokenised data is kept. Default: `$LUTHIER_CACHE`, or `~/.cache/luthier/datasets`."""
+    dataset_processes: Annotated[int | None, Field(ge=1)] = None
+    """Processes that tokenise. Default: as many as pay off on this machine."""
+    shuffle: bool = True
+    """Draw documents in a random order, which `seed` fixes, anew in each epoch; otherwise in the data's own order."""

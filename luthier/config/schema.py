@@ -1,0 +1,226 @@
+"""Every key that a config may have, in sections; the keys about data are in `datasets`.
+
+Users write the keys flat, with the names that Axolotl made common; functions take the section that they need
+(`config.training`). The string under a field is its help: JSON Schema, `luthier train --help` and the reference page
+are made from it. A field's own range is part of its type; what several keys say together is checked in `rules`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from luthier.config.base import Section
+
+Switch = bool | Literal["auto"] | None
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Interval = Annotated[int | float | None, Field(gt=0)]
+
+
+class SpecialTokens(Section):
+    """Special tokens to set on the tokenizer; what is unset stays as the tokenizer has it."""
+
+    bos_token: str | None = None
+    """Token that begins a document."""
+    eos_token: str | None = None
+    """Token that ends a document, and at which generation stops."""
+    pad_token: str | None = None
+    """Padding token, kept for tools that pad; training never does."""
+    unk_token: str | None = None
+    """Token for what the vocabulary cannot express."""
+    additional_special_tokens: list[str] = []
+    """Further tokens that are never split."""
+
+
+class ModelConfig(Section):
+    """Which model and tokenizer are loaded, and how."""
+
+    base_model: str
+    """Model to start from: a folder, or an id on the Hugging Face hub."""
+    revision: str | None = None
+    """Branch, tag or commit of the model on the hub."""
+    model_type: str = "AutoModelForCausalLM"
+    """Class of transformers that loads the model."""
+    tokenizer_config: str | None = None
+    """Folder or hub id of the tokenizer. Default: `base_model`."""
+    tokenizer_type: str = "AutoTokenizer"
+    """Class of transformers that loads the tokenizer."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for sources that you trust."""
+    attn_implementation: str | None = None
+    """Attention of transformers, such as `sdpa`, `eager` or `flash_attention_2`. Default: the fastest that keeps packed
+    documents apart."""
+    device_map: str | dict[str, str | int] | None = None
+    """Device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`, or a mapping with one entry, `"": device`. Default: `auto`."""
+    special_tokens: SpecialTokens = SpecialTokens()
+    """Special tokens to set on the tokenizer."""
+    tokens: list[str] = []
+    """Tokens to add to the vocabulary; the embeddings grow to hold them, and have to be trained."""
+
+
+class PrecisionConfig(Section):
+    """Number formats, and what is traded between memory, speed and repeatability."""
+
+    bf16: Switch = "auto"
+    """Compute in bfloat16. `auto`: where the device is fast at it."""
+    fp16: Switch = None
+    """Compute in float16 with loss scaling, for cards before Ampere. `auto`: where bfloat16 is not there."""
+    tf32: Switch = None
+    """Let fp32 matrix multiplies use TF32 on NVIDIA cards. `auto`: where the card has it."""
+    gradient_checkpointing: bool = False
+    """Keep less for the backward pass and compute it again: less memory, about a third more work."""
+    deterministic: bool = False
+    """Use only operations that give the same bits each time; on CUDA a resumed run is exact with it, and slower."""
+
+
+class AdapterConfig(Section):
+    """LoRA: a small trained addition to frozen weights."""
+
+    adapter: Literal["lora"] | None = None
+    """`lora` trains an adapter; unset trains the model itself."""
+    lora_r: Count = 16
+    """Rank of the adapter's matrices."""
+    lora_alpha: Annotated[float, Field(gt=0)] = 32
+    """Strength: the adapter's output is multiplied by `lora_alpha / lora_r`."""
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the adapter's inputs that is dropped at random while training."""
+    lora_target_modules: list[str] | str | None = None
+    """Linear layers that get an adapter: a list of names (`q_proj`) or one regular expression for the full name."""
+    lora_target_linear: bool | None = None
+    """Give every linear layer but the head an adapter. Default: true if no target is named."""
+    lora_modules_to_save: list[str] = []
+    """Modules that are trained in full and saved beside the adapter, such as `embed_tokens` and `lm_head`."""
+    peft_use_rslora: bool = False
+    """Scale by `lora_alpha / sqrt(lora_r)` instead (rank-stabilised LoRA)."""
+    lora_model_dir: str | None = None
+    """An adapter to go on training from; its own rank, strength and targets hold."""
+    peft_layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = None
+    """Numbers of the layers that get an adapter, from 0. Default: all."""
+
+
+class FreezeConfig(Section):
+    """Which parameters are trained when there is no adapter."""
+
+    unfrozen_parameters: list[str] = []
+    """Regular expressions; parameters whose full name begins with a match are trained, all others are frozen."""
+    train_last_n_layers: Annotated[int | None, Field(ge=0)] = None
+    """Train the last n layers, the head and the embeddings, and freeze the layers before."""
+    freeze_embeddings: bool = False
+    """Freeze the input embeddings."""
+
+
+class TrainingConfig(Section):
+    """The optimizer's steps."""
+
+    micro_batch_size: Count = 2
+    """Documents (packed rows, with `sample_packing`) per process and accumulation step."""
+    gradient_accumulation_steps: Count = 1
+    """Micro batches that make one optimizer step."""
+    num_epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the training data; may be a fraction."""
+    max_steps: Annotated[int | None, Field(ge=1)] = None
+    """Optimizer steps after which training ends, whatever `num_epochs` says."""
+    learning_rate: Annotated[float | None, Field(gt=0)] = None
+    """Peak learning rate. Default: 2e-4 with an adapter, 2e-5 without."""
+    lr_scheduler: Literal["linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup"] = "cosine"
+    """How the learning rate goes down after the warm-up."""
+    cosine_min_lr_ratio: Annotated[float | None, Field(ge=0, lt=1)] = None
+    """Where the cosine ends, as a fraction of the peak."""
+    warmup_steps: Annotated[int | None, Field(ge=0)] = None
+    """Steps over which the learning rate rises from 0 to its peak."""
+    warmup_ratio: Annotated[float | None, Field(ge=0, le=1)] = None
+    """The same as a fraction of all steps."""
+    optimizer: Literal["adamw_torch", "adamw_torch_fused", "adam", "sgd"] = "adamw_torch_fused"
+    """Which optimizer."""
+    optim_args: dict[str, Any] = {}
+    """Further arguments of the optimizer, such as `momentum: 0.9` for sgd."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Weight decay."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Gradients with a larger norm are scaled down to it; 0 turns this off."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Adam's decay of the mean gradient."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Adam's decay of the mean squared gradient."""
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """Adam's term against division by zero."""
+    seed: Annotated[int, Field(ge=0)] = 42
+    """Seed of everything random: data order, adapter, dropout."""
+    max_tokens_per_pass: Annotated[int | None, Field(ge=1)] = None
+    """Most tokens in one forward pass; a step is cut into as few passes as fit, which does not change its result.
+    Default: chosen from memory."""
+
+
+class OutputConfig(Section):
+    """Where a run is written, and how often it is saved."""
+
+    output_dir: str = "./model-out"
+    """The run folder."""
+    overwrite_output_dir: bool = False
+    """Start afresh in a folder that already holds a run, which is lost."""
+    resume_from_checkpoint: str | bool | None = None
+    """`auto` (or true) goes on from the newest whole checkpoint of `output_dir`, if there is one; or the path of one."""
+    save_steps: Interval = None
+    """Steps between checkpoints, or below 1 a fraction of all steps."""
+    saves_per_epoch: Annotated[int | None, Field(ge=0)] = None
+    """Checkpoints in each epoch, the last one at its end; 0 for none. Default: 1, if `save_steps` is unset too."""
+    save_total_limit: Annotated[int | None, Field(ge=1)] = None
+    """Checkpoints that are kept; older ones are deleted. Default: all."""
+    load_best_model_at_end: bool = False
+    """End with the weights that had the lowest evaluation loss instead of the last ones."""
+
+
+class EvaluationConfig(Section):
+    """What is measured on held-out data during the run, and which samples are written."""
+
+    eval_steps: Interval = None
+    """Steps between evaluations, or below 1 a fraction of all steps."""
+    evals_per_epoch: Annotated[int | None, Field(ge=0)] = None
+    """Evaluations in each epoch, the last one at its end; 0 for none. Default: 1, if there is something to evaluate and
+    `eval_steps` is unset too."""
+    eval_batch_size: Annotated[int | None, Field(ge=1)] = None
+    """Documents in one evaluation batch. Default: `micro_batch_size`."""
+    early_stopping_patience: Annotated[int | None, Field(ge=1)] = None
+    """End the run after this many evaluations in a row without a lower loss."""
+    generate_samples: bool = False
+    """Let the model answer at each evaluation, and write what it says to `samples.jsonl`. True by itself where
+    `sample_prompts` or `num_generation_samples` is set."""
+    sample_prompts: list[str] = []
+    """Prompts to answer, set in the format of the first dataset."""
+    num_generation_samples: Annotated[int | None, Field(ge=1)] = None
+    """How many rows of the validation data are answered as well."""
+    generation_max_new_tokens: Annotated[int | None, Field(ge=1)] = None
+    """Longest sample, in tokens. Default: the model's generation config."""
+    generation_temperature: Annotated[float | None, Field(ge=0)] = None
+    """Temperature of sampling. Default: the model's generation config."""
+    generation_top_p: Annotated[float | None, Field(gt=0, le=1)] = None
+    """Probability mass to sample from. Default: the model's generation config."""
+    generation_top_k: Annotated[int | None, Field(ge=0)] = None
+    """Number of likeliest tokens to sample from; 0 for all. Default: the model's generation config."""
+    generation_do_sample: bool | None = None
+    """Sample, or always take the likeliest token. Default: the model's generation config."""
+
+
+class LoggingConfig(Section):
+    """What is logged, and where to."""
+
+    logging_steps: Annotated[int | float, Field(gt=0)] = 10
+    """Steps between rows of `metrics.jsonl`, or below 1 a fraction of all steps."""
+    report_to: list[Tracker] | Tracker = []
+    """Trackers that get the metrics too."""
+    wandb_project: str | None = None
+    """Project on Weights & Biases; turns that tracker on."""
+    wandb_entity: str | None = None
+    """User or team that owns the project."""
+    wandb_name: str | None = None
+    """Name of the run."""
+    wandb_job_type: str | None = None
+    """Kind of the run, such as `train`."""
+    wandb_mode: Literal["online", "offline", "disabled"] | None = None
+    """Whether runs are sent at once, kept in files, or not logged at all."""
+    wandb_tags: list[str] = []
+    """Tags of the run."""

@@ -84,7 +84,7 @@ class AdapterConfig(Section):
     """`lora` trains an adapter; unset trains the model itself."""
     lora_r: Count = 16
     """Rank of the adapter's matrices."""
-    lora_alpha: Annotated[float, Field(gt=0)] = 32
+    lora_alpha: Annotated[float, Field(gt=0)] = 32.0
     """Strength: the adapter's output is multiplied by `lora_alpha / lora_r`."""
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the adapter's inputs that is dropped at random while training."""

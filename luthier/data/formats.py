@@ -1,0 +1,292 @@
+"""From rows to examples: what the columns of a row mean.
+
+The instruction formats (`alpaca`, `alpaca_chat.load_qa`, a prompt of the user's own) are all one `PromptFormat`:
+text around an instruction, an input and a system text, and then the answer, which is trained. Conversations are in
+`conversations`, rows that are tokens already in `pretokenized`.
+
+Text is taken as it is: nothing is stripped. A whole number where text belongs is taken as its digits, and counted;
+anything else that is not text is an error. Errors carry no location, because a row does not know its file: whoever
+reads the rows adds it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from string import Formatter
+
+from luthier.config.datasets import DatasetEntry, UserPrompt
+from luthier.data.conversations import chat_columns, chat_example
+from luthier.data.examples import ChatExample, Example, Segment, TextExample
+from luthier.data.pretokenized import TOKEN_COLUMNS, token_example
+from luthier.data.values import Row, fields_of, optional_text, required, text_of
+from luthier.errors import ConfigError, DataError
+
+TYPES = ("alpaca", "alpaca_chat.load_qa", "chat_template", "completion", "input_output")
+"""The named types; besides them a mapping (a prompt of one's own), or none for rows that are tokens already."""
+
+_NO_INPUT = frozenset({"no input", "noinput", "<no input>", "<noinput>"})
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """Text around an instruction. Templates hold `{instruction}`, `{input}`, `{system}` and, at most once, `{output}`.
+
+    A row's system text is set by `system_format` and stands in place of the preamble.
+    """
+
+    with_input: str
+    without_input: str
+    system_format: str
+    preamble: str = ""
+    preamble_without_input: str = ""
+    field_instruction: str = "instruction"
+    field_input: str = "input"
+    field_output: str = "output"
+    field_system: str = "system"
+    system_prompt: str = ""
+
+    def pieces(self, instruction: str, given: str, system: str | None) -> tuple[str, str]:
+        """The text before the answer and the text behind it."""
+        system = system or self.system_prompt
+        template = self.with_input if given else self.without_input
+        before, after, has_system = _parts(template)
+        if not system:
+            opening = self.preamble if given else self.preamble_without_input
+        else:
+            opening = "" if has_system else self.system_format.format(system=system)
+        return opening + before.format(instruction=instruction, input=given, system=system), after
+
+
+@lru_cache(maxsize=64)
+def _parts(template: str) -> tuple[str, str, bool]:
+    """A template in front of `{output}`, the plain text behind it, and whether it has a place for the system text."""
+    before, after, has_system, behind = "", "", False, False
+    for text, name, _, _ in Formatter().parse(template):
+        if behind:
+            after += text
+        else:
+            before += text.replace("{", "{{").replace("}", "}}")
+        if name == "output":
+            behind = True
+        elif name is not None:
+            before += f"{{{name}}}"
+            has_system = has_system or name == "system"
+    return before, after, has_system
+
+
+# The prompts of github.com/tatsu-lab/stanford_alpaca (train.py): the answer follows the colon directly.
+ALPACA = PromptFormat(
+    with_input="### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:",
+    without_input="### Instruction:\n{instruction}\n\n### Response:",
+    system_format="### System:\n{system}\n\n",
+    preamble=(
+        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request.\n\n"
+    ),
+    preamble_without_input=(
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.\n\n"
+    ),
+)
+
+# Question and answer in the chat style, as Axolotl's type of this name has it.
+ALPACA_CHAT_QA = PromptFormat(
+    with_input="USER: {instruction}\n{input}\nASSISTANT:",
+    without_input="USER: {instruction}\nASSISTANT:",
+    system_format="SYSTEM: {system}\n",
+    preamble=(
+        "Below is an instruction from a USER that describes a task, paired with an input that provides further "
+        "context. The ASSISTANT writes a response that concisely and appropriately completes the request.\n\n"
+    ),
+    preamble_without_input=(
+        "Below is an instruction from a USER that describes a task. "
+        "The ASSISTANT writes a response that appropriately and concisely completes the request.\n\n"
+    ),
+    field_instruction="question",
+    field_output="answer",
+)
+
+_PROMPTS = {"alpaca": ALPACA, "alpaca_chat.load_qa": ALPACA_CHAT_QA}
+
+
+def example_of(row: Row, entry: DatasetEntry, train_on_inputs: bool, notes: Counter[str] | None = None) -> Example:
+    """What this row is, by its entry's type.
+
+    `notes` counts what a user should know of and what is no error, such as answers that are empty. Raises
+    DataError, without location, for a row that lacks a field or has something else in it.
+    """
+    notes = notes if notes is not None else Counter()
+    if not row:
+        raise DataError("the row is empty")
+    kind = kind_of_entry(entry)
+    if kind == "tokens":
+        return token_example(row, entry.labels_shifted, notes)
+    if kind == "chat_template":
+        return chat_example(row, entry, notes)
+    if kind == "completion":
+        return _completion(row, text_column(entry), notes)
+    if kind == "input_output":
+        return _segments(row, entry, train_on_inputs, notes)
+    return _instruction(row, prompt_format(entry), train_on_inputs, notes)
+
+
+def prompt_example(entry: DatasetEntry, instruction: str, input: str = "", system: str | None = None) -> Example:
+    """The same format without an answer: what a model that was trained on `entry` is to continue."""
+    kind = kind_of_entry(entry)
+    if kind == "chat_template":
+        text = f"{instruction}\n{input}" if input else instruction
+        opening = [{"role": "system", "content": system}] if system else []
+        return ChatExample([*opening, {"role": "user", "content": text}])
+    if kind == "prompt":
+        before, _ = prompt_format(entry).pieces(instruction, input, system)
+        return TextExample((Segment(before, False),), add_eos=False)
+    # Raw text has no places of their own for an input and a system text: what there is, line by line.
+    raw = "\n".join(part for part in (system, instruction, input) if part)
+    return TextExample((Segment(raw, False),), add_bos=kind != "input_output", add_eos=False)
+
+
+def columns_of(entry: DatasetEntry) -> frozenset[str]:
+    """Columns that the entry's type reads; the others are of no effect, which the report says."""
+    kind = kind_of_entry(entry)
+    if kind == "tokens":
+        return TOKEN_COLUMNS
+    if kind == "chat_template":
+        return chat_columns(entry)
+    if kind == "completion":
+        return frozenset({text_column(entry)})
+    if kind == "input_output":
+        return frozenset({entry.field or "segments"})
+    prompt = prompt_format(entry)
+    return frozenset({prompt.field_instruction, prompt.field_input, prompt.field_output, prompt.field_system})
+
+
+def kind_of_entry(entry: DatasetEntry) -> str:
+    """`prompt`, `chat_template`, `completion`, `input_output` or `tokens`. Raises ConfigError for any other type."""
+    if entry.type is None:
+        return "tokens"
+    if isinstance(entry.type, UserPrompt):
+        return "completion" if entry.type.field else "prompt"
+    if entry.type in _PROMPTS:
+        return "prompt"
+    if entry.type in TYPES:
+        return entry.type
+    close = difflib.get_close_matches(entry.type, TYPES, n=1)
+    meant = f" Did you mean `{close[0]}`?" if close else ""
+    raise ConfigError(
+        f"datasets: {entry.path}: there is no type `{entry.type}`.{meant} Types: {', '.join(TYPES)}; a mapping with "
+        "`format` for a prompt of your own; or no `type` at all for rows that have `input_ids`."
+    )
+
+
+# --- prompts with an answer ------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=64)
+def _user_format(prompt: UserPrompt) -> PromptFormat:
+    if not prompt.format:
+        raise ConfigError("datasets: type: a prompt of your own needs `format` (or `field`, for one column of text).")
+    _check_template("format", prompt.format, {"instruction", "input", "system", "output"})
+    if "{instruction}" not in prompt.format and "{input}" not in prompt.format:
+        raise ConfigError(
+            "datasets: type: format: there is neither {instruction} nor {input} in it, so each row would be the same."
+        )
+    without = prompt.no_input_format if prompt.no_input_format is not None else prompt.format
+    if prompt.no_input_format is not None:
+        _check_template("no_input_format", without, {"instruction", "system", "output"})
+    system_format = prompt.system_format if prompt.system_format is not None else "{system}"
+    _check_template("system_format", system_format, {"system"})
+    return PromptFormat(
+        with_input=prompt.format,
+        without_input=without,
+        system_format=system_format,
+        system_prompt=prompt.system_prompt or "",
+    )
+
+
+def _check_template(key: str, template: str, allowed: set[str]) -> None:
+    where = f"datasets: type: {key}"
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}. A brace that is text is written twice: {{{{ or }}}}.") from error
+    names = [name for _, name, _, _ in parts if name is not None]
+    unknown = [name for name in names if name not in allowed]
+    plain = all(not spec and not conversion for _, name, spec, conversion in parts if name is not None)
+    if unknown or not plain:
+        known = ", ".join(f"{{{name}}}" for name in sorted(allowed))
+        raise ConfigError(
+            f"{where}: {{{unknown[0] if unknown else names[0]}}} is not one of the places that it can have ({known}). "
+            "A brace that is text is written twice: {{ or }}."
+        )
+    if "output" in names and (names.count("output") > 1 or names[-1] != "output"):
+        raise ConfigError(f"{where}: {{output}} can be there once, behind all other places.")
+
+
+@lru_cache(maxsize=64)
+def _named_format(name: str | UserPrompt, fields: tuple[tuple[str, str], ...]) -> PromptFormat:
+    base = _user_format(name) if isinstance(name, UserPrompt) else _PROMPTS[name]
+    return replace(base, **dict(fields))
+
+
+def prompt_format(entry: DatasetEntry) -> PromptFormat:
+    """The entry's prompt with its own column names: those in `type` win over those beside it."""
+    fields: dict[str, str] = {}
+    for source in (entry, entry.type if isinstance(entry.type, UserPrompt) else None):
+        for name in ("field_instruction", "field_input", "field_output", "field_system"):
+            value = getattr(source, name, None)
+            if value:
+                fields[name] = value
+    assert entry.type is not None
+    return _named_format(entry.type, tuple(sorted(fields.items())))
+
+
+def _instruction(row: Row, prompt: PromptFormat, train_on_inputs: bool, notes: Counter[str]) -> TextExample:
+    instruction = required(row, prompt.field_instruction, notes)
+    answer = required(row, prompt.field_output, notes)
+    given = optional_text(row, prompt.field_input, notes)
+    system = optional_text(row, prompt.field_system, notes)
+    if not instruction.strip() and not given.strip():
+        raise DataError(f"the row asks nothing: `{prompt.field_instruction}` is empty")
+    if not answer:
+        notes["empty answers, of which only the end is trained"] += 1
+    if given.strip().lower() in _NO_INPUT:
+        notes["inputs that only say that there is none, taken as they are"] += 1
+    before, after = prompt.pieces(instruction, given, system)
+    return TextExample((Segment(before, train_on_inputs), Segment(answer + after, True)))
+
+
+# --- plain text ------------------------------------------------------------------------------------------------
+
+
+def text_column(entry: DatasetEntry) -> str:
+    """The column of the text, for types that have one column only."""
+    own = entry.type.field if isinstance(entry.type, UserPrompt) else None
+    return own or entry.field or "text"
+
+
+def _completion(row: Row, field: str, notes: Counter[str]) -> TextExample:
+    text = required(row, field, notes)
+    if not text:
+        raise DataError(f"`{field}` is empty")
+    return TextExample((Segment(text, True),))
+
+
+def _segments(row: Row, entry: DatasetEntry, train_on_inputs: bool, notes: Counter[str]) -> TextExample:
+    """Segments are the whole document: no token is put before, between or behind them."""
+    field = entry.field or "segments"
+    given = row.get(field)
+    if not isinstance(given, list) or not given:
+        raise DataError(f"`{field}` must be a list of segments {{label, text}}; {fields_of(row)}")
+    segments = []
+    for number, segment in enumerate(given, start=1):
+        where = f"segment {number} of `{field}`"
+        if not isinstance(segment, dict) or "text" not in segment or "label" not in segment:
+            raise DataError(f"{where} must have `label` (true or false) and `text`")
+        if segment["label"] not in (True, False):
+            raise DataError(f"{where}: `label` must be true or false, not {segment['label']!r}")
+        text = text_of(segment["text"], f"`text` in {where}", notes)
+        segments.append(Segment(text, bool(segment["label"]) or train_on_inputs))
+    return TextExample(tuple(segments), add_bos=False, add_eos=False)

@@ -1,0 +1,193 @@
+"""How the next token is chosen: the parameters a user may set, and what they mean for one batch.
+
+transformers' `GenerationConfig` is the one source of defaults: a parameter left at None is the model's own, so a
+model behaves here as in `model.generate`. The logits processors are transformers' too. Only the draw is ours: each
+row has a random stream of its own, seeded by the seed and the row's prompt, and one number of it picks a token from
+the cumulated probabilities. So a sampled text depends neither on the other rows of its batch nor on torch's global
+generator, which a training run must find again exactly where it left it.
+"""
+
+import copy
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from luthier.errors import ConfigError
+
+DEFAULT_NEW_TOKENS = 128
+# Processors that look at the scores alone. Any other one (repetition penalty, banned words, ...) also reads the ids
+# before, where padding would count as text: those rows are batched by equal length.
+SCORES_ONLY = frozenset(
+    {
+        "TemperatureLogitsWarper",
+        "TopKLogitsWarper",
+        "TopPLogitsWarper",
+        "TopHLogitsWarper",
+        "MinPLogitsWarper",
+        "TypicalLogitsWarper",
+        "EpsilonLogitsWarper",
+        "EtaLogitsWarper",
+        "InfNanRemoveLogitsProcessor",
+        "LogitNormalization",
+        "SuppressTokensLogitsProcessor",
+        "MinNewTokensLengthLogitsProcessor",
+    }
+)
+
+
+class SupportsGeneration(Protocol):
+    """The section of a config that sampling is read from."""
+
+    generation_max_new_tokens: int | None
+    generation_temperature: float | None
+    generation_top_p: float | None
+    generation_top_k: int | None
+    generation_do_sample: bool | None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a caller asks for. None: the model's own default (its GenerationConfig, then transformers').
+
+    A temperature of 0 is greedy. A temperature, top_p or top_k that is set without `do_sample` asks for sampling.
+    `stop`: strings at which a text ends; they are not part of it. `seed`: None draws a fresh one.
+    """
+
+    max_new_tokens: int | None = None
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            problems.append(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
+        if self.temperature is not None and self.temperature < 0:
+            problems.append(f"temperature must be 0 (greedy) or more, not {self.temperature:g}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            problems.append(f"top_p must be above 0 and at most 1, not {self.top_p:g}")
+        if self.top_k is not None and self.top_k < 0:
+            problems.append(f"top_k must be 0 (off) or more, not {self.top_k}")
+        if self.repetition_penalty is not None and self.repetition_penalty <= 0:
+            problems.append(f"repetition_penalty must be above 0, not {self.repetition_penalty:g}")
+        if any(not text for text in self.stop):
+            problems.append("a stop string is empty: it would end every text before its first token")
+        if problems:
+            raise ConfigError("generation cannot start: " + "; ".join(problems))
+
+    @classmethod
+    def from_config(cls, section: SupportsGeneration, seed: int | None = None) -> "Sampling":
+        """The `generation_*` keys of a config."""
+        return cls(
+            max_new_tokens=section.generation_max_new_tokens,
+            do_sample=section.generation_do_sample,
+            temperature=section.generation_temperature,
+            top_p=section.generation_top_p,
+            top_k=section.generation_top_k,
+            seed=seed,
+        )
+
+    def resolve(self, model: Any) -> GenerationConfig:
+        """The model's GenerationConfig with these values over it and transformers' defaults under it.
+
+        `max_length` of old checkpoints is not read: it counts the prompt as well, and is the context window in many.
+        """
+        own = getattr(model, "generation_config", None)
+        resolved = copy.deepcopy(own) if own is not None else GenerationConfig()
+        asked_to_sample = self.do_sample
+        if asked_to_sample is None and (self.temperature, self.top_p, self.top_k) != (None, None, None):
+            asked_to_sample = True
+        if self.temperature == 0:
+            asked_to_sample = False
+        asked = {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": asked_to_sample,
+            "temperature": self.temperature or None,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "repetition_penalty": self.repetition_penalty,
+        }
+        defaults = {
+            "max_new_tokens": DEFAULT_NEW_TOKENS,
+            "do_sample": False,
+            "temperature": 1.0,
+            "top_p": 1.0,
+        }
+        defaults["top_k"] = 50  # what `model.generate` falls back to as well
+        for name, value in asked.items():
+            if value is not None:
+                setattr(resolved, name, value)
+            elif getattr(resolved, name, None) is None and name in defaults:
+                setattr(resolved, name, defaults[name])
+        resolved.num_beams = 1
+        return resolved
+
+    def described(self, model: Any) -> dict[str, Any]:
+        """The values as they will be used, for a log or a table; temperature 0 and top_p 1 stand for greedy."""
+        resolved = self.resolve(model)
+        greedy = not resolved.do_sample
+        return {
+            "max_new_tokens": resolved.max_new_tokens,
+            "temperature": 0.0 if greedy else resolved.temperature,
+            "top_p": 1.0 if greedy else resolved.top_p,
+        }
+
+
+def row_streams(seed: int | None, prompts: Sequence[Sequence[int]]) -> list[random.Random]:
+    """One random stream per prompt, the same for a prompt in whatever company and order it comes.
+
+    Equal prompts get different streams, counted in their order: asking twice gives two samples.
+    """
+    base = random.SystemRandom().getrandbits(64) if seed is None else seed
+    seen: dict[tuple[int, ...], int] = {}
+    streams = []
+    for prompt in prompts:
+        key = tuple(prompt)
+        seen[key] = seen.get(key, 0) + 1
+        streams.append(random.Random(f"{base}/{seen[key]}/{','.join(map(str, key))}"))
+    return streams
+
+
+class Chooser:
+    """Picks the next token of every row of one batch, whose prompts are `width` ids long."""
+
+    def __init__(
+        self, model: Any, settings: GenerationConfig, terminators: Sequence[int], width: int, device: Any
+    ):
+        settings = copy.copy(settings)
+        # What `generate` itself sets before it asks for the processors: min_new_tokens and its kin read it.
+        settings._eos_token_tensor = torch.tensor(list(terminators), device=device) if terminators else None
+        settings.max_length = width + settings.max_new_tokens
+        self.processors = model._get_logits_processor(
+            generation_config=settings, input_ids_seq_length=width, device=device
+        )
+        self.do_sample = bool(settings.do_sample)
+
+    @property
+    def reads_history(self) -> bool:
+        """Whether the ids before matter, and padding among them would too."""
+        return any(type(processor).__name__ not in SCORES_ONLY for processor in self.processors)
+
+    def __call__(self, input_ids: Tensor, logits: Tensor, streams: Sequence[random.Random]) -> Tensor:
+        """Next ids (B,) from ids so far (B, T) and logits (B, V)."""
+        scores = logits.float()
+        if self.processors:
+            scores = self.processors(input_ids, scores)
+        if not self.do_sample:
+            return scores.argmax(dim=-1)
+        cumulated = scores.softmax(dim=-1).cumsum(dim=-1)
+        total = cumulated[:, -1:]
+        # 24 bits are what fp32 holds below 1. Kept under the total, the search ends at a token whose own probability
+        # lifted the sum: one that top_p or top_k removed can never be drawn.
+        drawn = torch.tensor([[stream.getrandbits(24) / 2**24] for stream in streams], device=scores.device)
+        target = torch.minimum(drawn * total, torch.nextafter(total, torch.zeros_like(total)))
+        return torch.searchsorted(cumulated, target, right=True).squeeze(-1)

@@ -3,8 +3,8 @@
     from luthier import Config, run
     result = run(Config.load("my-run.yml"))
 
-The names below are imported when they are first used, so that `import luthier` and `luthier --help` load neither
-torch nor transformers.
+The names below are imported when they are first used, so that `import luthier` and `luthier --help` load
+neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import os
 from typing import TYPE_CHECKING, Any
 
 # OpenMP's threads spin while they wait for work. With two torch threads and any other busy process on the
-# machine a training step was measured to take more than ten times longer (3.9 s against 0.3 s). The setting is
-# read once, when torch loads its OpenMP runtime, so it has to be made here, before anything imports torch.
+# machine a training step was measured to take more than ten times longer (3.9 s against 0.3 s). The setting
+# is read once, when torch loads its OpenMP runtime, so it has to be made here, before anything imports torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 if TYPE_CHECKING:

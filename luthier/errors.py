@@ -1,9 +1,9 @@
 """What a user can mend.
 
-Every problem that has its cause outside Luthier (a config, a dataset, a model folder, a full disk) is raised as
-one of these, with one message that says what is wrong, where, and what to do about it. The command line prints
-that message and ends with `exit_status`; the traceback appears with `--debug` only. Anything else that reaches
-the command line is a bug in Luthier, and is reported as one.
+Every problem that has its cause outside Luthier (a config, a dataset, a model folder, a full disk) is raised
+as one of these, with one message that says what is wrong, where, and what to do about it. The command line
+prints that message and ends with `exit_status`; the traceback appears with `--debug` only. Anything else that
+reaches the command line is a bug in Luthier, and is reported as one.
 """
 
 from __future__ import annotations

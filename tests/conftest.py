@@ -48,8 +48,9 @@ def _own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def toy_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of about 500 entries: any text round-trips; ChatML template; eos is `<|im_end|>`'s
-    neighbour `<|endoftext|>`, so that the end of a document and the end of a turn are different tokens."""
+    """A byte-level BPE tokenizer of about 500 entries: any text round-trips; ChatML template; eos is
+    `<|im_end|>`'s neighbour `<|endoftext|>`, so that the end of a document and the end of a turn are
+    different tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -77,7 +78,8 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def toy_llama_dir(toy_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a two-layer random Llama (grouped queries, about 100k parameters) and the toy tokenizer."""
+    """A folder with a two-layer random Llama (grouped queries, about 100k parameters) and the toy
+    tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

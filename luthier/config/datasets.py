@@ -41,8 +41,8 @@ class DatasetEntry(Section):
     """One dataset: where it is, what its rows look like, and which of their tokens are trained."""
 
     path: str
-    """A file (json, jsonl, csv, parquet, arrow), a folder of them, or a dataset id on the Hugging Face hub. `#1000`
-    at its end takes the first 1000 rows."""
+    """A file (json, jsonl, csv, parquet, arrow), a folder of them, or a dataset id on the Hugging Face hub.
+    `#1000` at its end takes the first 1000 rows."""
     name: str | None = None
     """Configuration of a hub dataset (its subset)."""
     revision: str | None = None
@@ -54,8 +54,8 @@ class DatasetEntry(Section):
     ds_type: Literal["json", "csv", "parquet", "arrow"] | None = None
     """File format, where the file names do not say it. `json` stands for jsonl too."""
     type: str | UserPrompt | None = None
-    """What a row is: `alpaca`, `alpaca_chat.load_qa`, `chat_template`, `completion`, `input_output`, or a mapping that
-    describes your own prompt. Unset: rows are tokens already (`input_ids` and `labels`)."""
+    """What a row is: `alpaca`, `alpaca_chat.load_qa`, `chat_template`, `completion`, `input_output`, or a
+    mapping that describes your own prompt. Unset: rows are tokens already (`input_ids` and `labels`)."""
     field: str | None = None
     """Column of the text, for `completion`. Default: `text`."""
     field_instruction: str | None = None
@@ -73,7 +73,8 @@ class DatasetEntry(Section):
     message_property_mappings: dict[str, str] = {}
     """What the parts of a message are called in this dataset, such as `role: from` and `content: value`."""
     roles: dict[str, list[str]] = {}
-    """Role names of the template, each with the names that this dataset has for it, such as `user: [human]`."""
+    """Role names of the template, each with the names that this dataset has for it, such as `user:
+    [human]`."""
     chat_template: str | None = None
     """Chat template for this dataset only; see the key of the same name at the top level."""
     roles_to_train: list[str] | None = None
@@ -84,7 +85,8 @@ class DatasetEntry(Section):
     train_on_inputs: bool | None = None
     """Train prompts as well, for this dataset only. Default: the top-level key."""
     labels_shifted: bool = False
-    """The `labels` column is already shifted by one against `input_ids`; it is shifted back before training."""
+    """The `labels` column is already shifted by one against `input_ids`; it is shifted back before
+    training."""
 
 
 class DataConfig(Section):
@@ -99,17 +101,18 @@ class DataConfig(Section):
     sequence_len: Annotated[int, Field(ge=1)] = 2048
     """Longest document, in tokens. What happens to longer ones is said by `excess_length_strategy`."""
     sample_packing: bool = False
-    """Count `micro_batch_size` in packed rows of `sequence_len` tokens rather than in documents. Documents never see
-    each other, and no padding is computed, either way."""
+    """Count `micro_batch_size` in packed rows of `sequence_len` tokens rather than in documents. Documents
+    never see each other, and no padding is computed, either way."""
     excess_length_strategy: Literal["drop", "truncate", "raise"] = "drop"
     """What is done with documents longer than `sequence_len`; their number is reported in each case."""
     skip_bad_rows: bool = False
-    """Leave out rows that cannot be read or lack a field, and report how many; otherwise the first one is an error."""
+    """Leave out rows that cannot be read or lack a field, and report how many; otherwise the first one is an
+    error."""
     train_on_inputs: bool = False
     """Train the prompts as well as the answers."""
     chat_template: str | None = None
-    """Chat template: `tokenizer_default` (the model's own), a name such as `chatml` or `llama3`, a path of a `.jinja`
-    file, or `jinja` for the text in `chat_template_jinja`. Default: the model's own."""
+    """Chat template: `tokenizer_default` (the model's own), a name such as `chatml` or `llama3`, a path of a
+    `.jinja` file, or `jinja` for the text in `chat_template_jinja`. Default: the model's own."""
     chat_template_jinja: str | None = None
     """Text of a chat template, or the path of a file that holds it; goes with `chat_template: jinja`."""
     chat_template_kwargs: dict[str, Any] = {}
@@ -121,4 +124,5 @@ class DataConfig(Section):
     dataset_processes: Annotated[int | None, Field(ge=1)] = None
     """Processes that tokenise. Default: as many as pay off on this machine."""
     shuffle: bool = True
-    """Draw documents in a random order, which `seed` fixes, anew in each epoch; otherwise in the data's own order."""
+    """Draw documents in a random order, which `seed` fixes, anew in each epoch; otherwise in the data's own
+    order."""

@@ -1,19 +1,20 @@
 """Command-line overrides: `key=value`, `--key value`, `--key=value`, and a bare `--flag` for true.
 
-A value is read as YAML (`--lora_target_modules "[q_proj, v_proj]"`, `--max_steps null`), except that a key which can
-only be text takes it as it stands. A dotted key reaches inside: `datasets.0.path=data.jsonl`.
+A value is read as YAML (`--lora_target_modules "[q_proj, v_proj]"`, `--max_steps null`), except that a key
+which can only be text takes it as it stands. A dotted key reaches inside: `datasets.0.path=data.jsonl`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
-from pydantic.fields import FieldInfo
 
-from luthier.config.values import accepts, accepts_only_text, nearest
+from luthier.config.names import unknown_key
+from luthier.config.schema import FIELDS
+from luthier.config.values import accepts, accepts_only_text
 from luthier.config.yaml_source import Path_, Source, parse_scalar
 
 COMMAND_LINE = "command line"
@@ -21,23 +22,24 @@ _ASSIGNMENT = re.compile(r"^-{0,2}([A-Za-z_][\w-]*(?:\.[\w-]+)*)=(.*)$", re.DOTA
 _FLAG = re.compile(r"^--([A-Za-z_][\w-]*(?:\.[\w-]+)*)$")
 
 
-def parse_overrides(arguments: Sequence[str], fields: Mapping[str, FieldInfo]) -> Source:
-    """The overrides as a source: values by dotted path in the order given, problems with what could not be read."""
+def parse_overrides(arguments: Sequence[str]) -> Source:
+    """The overrides as a source: values by dotted path in the order given, problems with what could not be
+    read."""
     source = Source(COMMAND_LINE)
     remaining = list(arguments)
     while remaining:
         argument = remaining.pop(0)
         if assignment := _ASSIGNMENT.match(argument):
-            _set(source, assignment[1], assignment[2], fields)
+            _set(source, assignment[1], assignment[2])
         elif flag := _FLAG.match(argument):
             key = flag[1]
-            if remaining and not _begins_override(remaining[0], key, fields):
-                _set(source, key, remaining.pop(0), fields)
+            if remaining and not _begins_override(remaining[0], key):
+                _set(source, key, remaining.pop(0))
             else:
                 source.values[_normal(key)] = True
         else:
             hint = " A value goes right after its --key, and one with spaces in it needs quotes."
-            source.report((), f"{argument!r} is no override; write key=value or --key value.{hint}")
+            source.report(f"{argument!r} is no override; write key=value or --key value.{hint}")
     return source
 
 
@@ -46,7 +48,9 @@ def apply_overrides(values: dict[str, Any], overrides: Source) -> list[Path_]:
     touched: list[Path_] = []
     for key, value in overrides.values.items():
         path = _as_path(key)
-        if _write(values, path, value, overrides):
+        if path[0] not in FIELDS:
+            overrides.report(unknown_key(str(path[0]), value))
+        elif _write(values, path, value, overrides):
             touched.append(path)
     return touched
 
@@ -62,13 +66,13 @@ def _write(values: dict[str, Any], path: Path_, value: Any, overrides: Source) -
         name = ".".join(map(str, path[: depth + 1]))
         if isinstance(here, list):
             if not isinstance(part, int) or part > len(here):
-                overrides.report((), f"{name}: the list has {len(here)} entries; number them from 0.")
+                overrides.report(f"{name}: the list has {len(here)} entries; number them from 0.")
                 return False
             if part == len(here):  # one past the end adds an entry
                 here.append(None)
         elif not isinstance(here, dict):
             above = ".".join(map(str, path[:depth]))
-            overrides.report((), f"{name}: {above} is {here!r}, and has nothing inside that could be set.")
+            overrides.report(f"{name}: {above} is {here!r}, and has nothing inside that could be set.")
             return False
         if depth == len(path) - 1:
             here[part] = value
@@ -81,15 +85,17 @@ def _write(values: dict[str, Any], path: Path_, value: Any, overrides: Source) -
     return False
 
 
-def _set(source: Source, key: str, text: str, fields: Mapping[str, FieldInfo]) -> None:
+def _set(source: Source, key: str, text: str) -> None:
     name = _normal(key)
-    info = fields.get(name)
+    info = FIELDS.get(name)
     text_only = info is not None and accepts_only_text(info.annotation)
     try:
         value = parse_scalar(text)
     except yaml.YAMLError:
         if not (text_only or "." in name):
-            source.report((), f"{name}: the value {text!r} is not valid YAML; quote texts that hold special signs.")
+            source.report(
+                f"{name}: the value {text!r} is not valid YAML; quote texts that hold special signs."
+            )
             return
         value = text
     if text_only and value is not None and not isinstance(value, str):
@@ -97,23 +103,17 @@ def _set(source: Source, key: str, text: str, fields: Mapping[str, FieldInfo]) -
     source.values[name] = value
 
 
-def _begins_override(text: str, key: str, fields: Mapping[str, FieldInfo]) -> bool:
+def _begins_override(text: str, key: str) -> bool:
     """Whether the argument after `--key` is an override of its own, so that `--key` is a bare flag."""
     if _FLAG.match(text):
         return True
     assignment = _ASSIGNMENT.match(text)
     if assignment is None:
         return False
-    info = fields.get(_normal(key))
-    known = _normal(assignment[1]).split(".")[0] in fields
+    info = FIELDS.get(_normal(key))
+    known = _normal(assignment[1]).split(".")[0] in FIELDS
     return text.startswith("--") or (known and info is not None and accepts(info.annotation, bool))
 
 
 def _normal(key: str) -> str:
     return key.replace("-", "_")
-
-
-def unknown_root(key: str, fields: Mapping[str, FieldInfo]) -> str | None:
-    """A message if the first part of an override's key is no key, else nothing."""
-    root = key.split(".")[0]
-    return None if root in fields else f"{root} is not a key of the config.{nearest(root, fields)}"

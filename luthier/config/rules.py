@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from pydantic.fields import FieldInfo
-
-from luthier.config.base import Section
-from luthier.config.datasets import DatasetEntry, UserPrompt
-from luthier.config.schema import SpecialTokens
-from luthier.config.values import nearest
 
 Flat = Mapping[str, Any]
 
@@ -53,12 +45,20 @@ def _is_adam(c: Flat) -> bool:
 
 _VALIDATION = "there is no validation data: set val_set_size or test_datasets, or leave {key} out."
 
-# One table for two uses: a key written where it would do nothing is an error, and `to_yaml` leaves it as a comment.
+# One table for two uses: a key written where it would do nothing is an error, and `to_yaml` leaves it as a
+# comment.
 NEEDS: tuple[Need, ...] = (
     Need(
         (
-            "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_linear",
-            "lora_modules_to_save", "peft_use_rslora", "lora_model_dir", "peft_layers_to_transform",
+            "lora_r",
+            "lora_alpha",
+            "lora_dropout",
+            "lora_target_modules",
+            "lora_target_linear",
+            "lora_modules_to_save",
+            "peft_use_rslora",
+            "lora_model_dir",
+            "peft_layers_to_transform",
         ),
         lambda c: c["adapter"] is not None,
         "{key} does nothing without an adapter: write `adapter: lora`, or leave {key} out.",
@@ -80,7 +80,10 @@ NEEDS: tuple[Need, ...] = (
     ),
     Need(
         (
-            "generation_max_new_tokens", "generation_temperature", "generation_top_p", "generation_top_k",
+            "generation_max_new_tokens",
+            "generation_temperature",
+            "generation_top_p",
+            "generation_top_k",
             "generation_do_sample",
         ),
         _has_samples,
@@ -128,65 +131,12 @@ ONE_OF: tuple[tuple[str, str], ...] = (
     ("unfrozen_parameters", "freeze_embeddings"),
 )
 
-# Names that other tools use, and what to write here.
-ELSEWHERE: dict[str, str] = {
-    "model_name_or_path": "Write base_model.",
-    "num_train_epochs": "Write num_epochs.",
-    "per_device_train_batch_size": "Write micro_batch_size.",
-    "per_device_eval_batch_size": "Write eval_batch_size.",
-    "batch_size": "Write micro_batch_size and gradient_accumulation_steps.",
-    "max_seq_length": "Write sequence_len.",
-    "max_length": "Write sequence_len.",
-    "cutoff_len": "Write sequence_len.",
-    "lora_rank": "Write lora_r.",
-    "lora_target": "Write lora_target_modules, or `lora_target_linear: true` for all.",
-    "lr_scheduler_type": "Write lr_scheduler.",
-    "finetuning_type": "Write `adapter: lora`, or leave it out to train the model itself.",
-    "dataset": "Write datasets, a list of entries with path and type.",
-    "packing": "Write sample_packing.",
-    "flash_attention": "Write `attn_implementation: flash_attention_2`.",
-    "sdp_attention": "Write `attn_implementation: sdpa`.",
-    "eager_attention": "Write `attn_implementation: eager`.",
-    "pad_to_sequence_len": "Leave it out: padding is never computed here.",
-    "eval_sample_packing": "Leave it out: evaluation gives the same numbers packed or not.",
-    "group_by_length": "Leave it out: padding is never computed here.",
-    "strict": "Leave it out: unknown keys are always errors here.",
-    "use_wandb": "Write `report_to: wandb`.",
-    "wandb_run_id": "Leave it out: a resumed run goes on by itself.",
-    "wandb_watch": "Leave it out: gradients are not sent to trackers.",
-}
-
-
-def unknown_key(key: str, value: Any, fields: Mapping[str, FieldInfo], sections: Collection[str]) -> str:
-    """The message for a key that the config does not have: what was probably meant, and where it belongs."""
-    message = f"{key} is not a key of the config."
-    if key in ELSEWHERE:
-        return f"{message} {ELSEWHERE[key]}"
-    if key in sections and isinstance(value, dict):
-        return f"{message} Keys are flat: write what is inside {key} at the top level."
-    if near := nearest(key, fields):
-        return message + near
-    return message + _other_depth(key, fields)
-
-
-def _other_depth(key: str, fields: Mapping[str, FieldInfo]) -> str:
-    homes: tuple[tuple[type[Section], str], ...] = (
-        (DatasetEntry, "an entry of datasets"),
-        (UserPrompt, "the type of an entry of datasets"),
-        (SpecialTokens, "special_tokens"),
-    )
-    for model, place in homes:
-        if difflib.get_close_matches(key, list(model.model_fields), n=1, cutoff=0.9):
-            return f" It belongs inside {place}."
-    return f" It belongs at the top level." if key in fields else ""
-
 
 def contradictions(c: Flat, written: Collection[str]) -> Iterator[Contradiction]:
     """What cannot hold together, for flat values `c` of which the keys in `written` were set by the user."""
     for need in NEEDS:
         for key in need.keys:
-            # An unset, empty or false value asks for nothing; a number such as 0 may well ask for something.
-            if key in written and c[key] not in (None, False, [], {}) and not need.holds(c):
+            if key in written and _asks_for_something(c[key]) and not need.holds(c):
                 yield Contradiction(key, need.message.format(key=key))
     for first, second in ONE_OF:
         if {first, second} <= set(written) and c[first] and c[second]:
@@ -195,14 +145,27 @@ def contradictions(c: Flat, written: Collection[str]) -> Iterator[Contradiction]
     yield from _patterns(c)
 
 
+def is_idle(key: str, c: Flat) -> bool:
+    """Whether the key's value does nothing beside the others, and would be an error if a user wrote it."""
+    return _asks_for_something(c[key]) and any(key in need.keys and not need.holds(c) for need in NEEDS)
+
+
+def _asks_for_something(value: Any) -> bool:
+    # Unset, empty and false ask for nothing; a number does, even 0.
+    return not (value is None or value is False or value in ([], {}))
+
+
 def _single_keys(c: Flat, written: Collection[str]) -> Iterator[Contradiction]:
     if c["bf16"] is True and c["fp16"] is True:
         yield Contradiction("fp16", "bf16 and fp16 are both true: keep one (`bf16: auto` chooses by itself).")
     if c["chat_template"] == "jinja" and not c["chat_template_jinja"]:
-        yield Contradiction("chat_template", "`chat_template: jinja` needs chat_template_jinja: give its text or path.")
+        yield Contradiction(
+            "chat_template", "`chat_template: jinja` needs chat_template_jinja: give its text or path."
+        )
     if c["lr_scheduler"] == "cosine_with_min_lr" and c["cosine_min_lr_ratio"] is None:
         yield Contradiction(
-            "lr_scheduler", "cosine_with_min_lr needs cosine_min_lr_ratio, such as 0.1 to end at a tenth of the peak."
+            "lr_scheduler",
+            "cosine_with_min_lr needs cosine_min_lr_ratio, such as 0.1 to end at a tenth of the peak.",
         )
     for key in ("load_best_model_at_end", "early_stopping_patience"):
         if c[key] and c["evals_per_epoch"] == 0:
@@ -212,7 +175,8 @@ def _single_keys(c: Flat, written: Collection[str]) -> Iterator[Contradiction]:
             yield Contradiction(key, f"{key}: {c[key]} is neither a whole number nor a fraction below 1.")
     if c["device_map"] == "" or (isinstance(c["device_map"], dict) and list(c["device_map"]) != [""]):
         yield Contradiction(
-            "device_map", 'device_map has to be auto, cpu, cuda, cuda:N, mps, or a mapping with one entry, {"": device}.'
+            "device_map",
+            'device_map has to be auto, cpu, cuda, cuda:N, mps, or a mapping with one entry, {"": device}.',
         )
     for key in ("base_model", "output_dir"):
         if not c[key].strip():
@@ -249,9 +213,9 @@ def derived(c: Flat, written: Collection[str]) -> dict[str, tuple[Any, str]]:
             values["learning_rate"] = (2e-4, "usual with an adapter")
         else:
             values["learning_rate"] = (2e-5, "usual without an adapter")
-    if c["adapter"] and c["lora_target_linear"] is None:
-        if not (c["lora_target_modules"] or c["lora_model_dir"]):
-            values["lora_target_linear"] = (True, "no target is named")
+    named = c["lora_target_modules"] or c["lora_model_dir"]
+    if c["adapter"] and c["lora_target_linear"] is None and not named:
+        values["lora_target_linear"] = (True, "no target is named")
     if c["fp16"] is True and c["bf16"] == "auto":
         values["bf16"] = (False, "fp16 is on")
     if c["lr_scheduler"] == "cosine" and c["cosine_min_lr_ratio"] is not None:
@@ -264,7 +228,10 @@ def derived(c: Flat, written: Collection[str]) -> dict[str, tuple[Any, str]]:
         source = "sample_prompts" if c["sample_prompts"] else "num_generation_samples"
         values["generate_samples"] = (True, f"{source} is set")
     if isinstance(c["resume_from_checkpoint"], bool):
-        values["resume_from_checkpoint"] = ("auto" if c["resume_from_checkpoint"] else None, "true means auto")
+        values["resume_from_checkpoint"] = (
+            "auto" if c["resume_from_checkpoint"] else None,
+            "true means auto",
+        )
     trackers = [c["report_to"]] if isinstance(c["report_to"], str) else list(c["report_to"])
     if c["wandb_project"] and "wandb" not in trackers and c["wandb_mode"] != "disabled":
         values["report_to"] = ([*trackers, "wandb"], "wandb_project is set")

@@ -1,17 +1,20 @@
 """Every key that a config may have, in sections; the keys about data are in `datasets`.
 
 Users write the keys flat, with the names that Axolotl made common; functions take the section that they need
-(`config.training`). The string under a field is its help: JSON Schema, `luthier train --help` and the reference page
-are made from it. A field's own range is part of its type; what several keys say together is checked in `rules`.
+(`config.training`). The string under a field is its help: JSON Schema, `luthier train --help` and the
+reference page are made from it. A field's own range is part of its type; what several keys say together is
+checked in `rules`.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 from luthier.config.base import Section
+from luthier.config.datasets import DataConfig
 
 Switch = bool | Literal["auto"] | None
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
@@ -52,10 +55,11 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for sources that you trust."""
     attn_implementation: str | None = None
-    """Attention of transformers, such as `sdpa`, `eager` or `flash_attention_2`. Default: the fastest that keeps packed
-    documents apart."""
+    """Attention of transformers, such as `sdpa`, `eager` or `flash_attention_2`. Default: the fastest that
+    keeps packed documents apart."""
     device_map: str | dict[str, str | int] | None = None
-    """Device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`, or a mapping with one entry, `"": device`. Default: `auto`."""
+    """Device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`, or a mapping with one entry, `"": device`. Default:
+    `auto`."""
     special_tokens: SpecialTokens = SpecialTokens()
     """Special tokens to set on the tokenizer."""
     tokens: list[str] = []
@@ -74,7 +78,8 @@ class PrecisionConfig(Section):
     gradient_checkpointing: bool = False
     """Keep less for the backward pass and compute it again: less memory, about a third more work."""
     deterministic: bool = False
-    """Use only operations that give the same bits each time; on CUDA a resumed run is exact with it, and slower."""
+    """Use only operations that give the same bits each time; on CUDA a resumed run is exact with it, and
+    slower."""
 
 
 class AdapterConfig(Section):
@@ -89,7 +94,8 @@ class AdapterConfig(Section):
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the adapter's inputs that is dropped at random while training."""
     lora_target_modules: list[str] | str | None = None
-    """Linear layers that get an adapter: a list of names (`q_proj`) or one regular expression for the full name."""
+    """Linear layers that get an adapter: a list of names (`q_proj`) or one regular expression for the full
+    name."""
     lora_target_linear: bool | None = None
     """Give every linear layer but the head an adapter. Default: true if no target is named."""
     lora_modules_to_save: list[str] = []
@@ -106,7 +112,8 @@ class FreezeConfig(Section):
     """Which parameters are trained when there is no adapter."""
 
     unfrozen_parameters: list[str] = []
-    """Regular expressions; parameters whose full name begins with a match are trained, all others are frozen."""
+    """Regular expressions; parameters whose full name begins with a match are trained, all others are
+    frozen."""
     train_last_n_layers: Annotated[int | None, Field(ge=0)] = None
     """Train the last n layers, the head and the embeddings, and freeze the layers before."""
     freeze_embeddings: bool = False
@@ -126,7 +133,9 @@ class TrainingConfig(Section):
     """Optimizer steps after which training ends, whatever `num_epochs` says."""
     learning_rate: Annotated[float | None, Field(gt=0)] = None
     """Peak learning rate. Default: 2e-4 with an adapter, 2e-5 without."""
-    lr_scheduler: Literal["linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup"] = "cosine"
+    lr_scheduler: Literal["linear", "cosine", "cosine_with_min_lr", "constant", "constant_with_warmup"] = (
+        "cosine"
+    )
     """How the learning rate goes down after the warm-up."""
     cosine_min_lr_ratio: Annotated[float | None, Field(ge=0, lt=1)] = None
     """Where the cosine ends, as a fraction of the peak."""
@@ -151,8 +160,8 @@ class TrainingConfig(Section):
     seed: Annotated[int, Field(ge=0)] = 42
     """Seed of everything random: data order, adapter, dropout."""
     max_tokens_per_pass: Annotated[int | None, Field(ge=1)] = None
-    """Most tokens in one forward pass; a step is cut into as few passes as fit, which does not change its result.
-    Default: chosen from memory."""
+    """Most tokens in one forward pass; a step is cut into as few passes as fit, which does not change its
+    result. Default: chosen from memory."""
 
 
 class OutputConfig(Section):
@@ -163,11 +172,13 @@ class OutputConfig(Section):
     overwrite_output_dir: bool = False
     """Start afresh in a folder that already holds a run, which is lost."""
     resume_from_checkpoint: str | bool | None = None
-    """`auto` (or true) goes on from the newest whole checkpoint of `output_dir`, if there is one; or the path of one."""
+    """`auto` (or true) goes on from the newest whole checkpoint of `output_dir`, if there is one; or the path
+    of one."""
     save_steps: Interval = None
     """Steps between checkpoints, or below 1 a fraction of all steps."""
     saves_per_epoch: Annotated[int | None, Field(ge=0)] = None
-    """Checkpoints in each epoch, the last one at its end; 0 for none. Default: 1, if `save_steps` is unset too."""
+    """Checkpoints in each epoch, the last one at its end; 0 for none. Default: 1, if `save_steps` is unset
+    too."""
     save_total_limit: Annotated[int | None, Field(ge=1)] = None
     """Checkpoints that are kept; older ones are deleted. Default: all."""
     load_best_model_at_end: bool = False
@@ -180,15 +191,15 @@ class EvaluationConfig(Section):
     eval_steps: Interval = None
     """Steps between evaluations, or below 1 a fraction of all steps."""
     evals_per_epoch: Annotated[int | None, Field(ge=0)] = None
-    """Evaluations in each epoch, the last one at its end; 0 for none. Default: 1, if there is something to evaluate and
-    `eval_steps` is unset too."""
+    """Evaluations in each epoch, the last one at its end; 0 for none. Default: 1, if there is something to
+    evaluate and `eval_steps` is unset too."""
     eval_batch_size: Annotated[int | None, Field(ge=1)] = None
     """Documents in one evaluation batch. Default: `micro_batch_size`."""
     early_stopping_patience: Annotated[int | None, Field(ge=1)] = None
     """End the run after this many evaluations in a row without a lower loss."""
     generate_samples: bool = False
-    """Let the model answer at each evaluation, and write what it says to `samples.jsonl`. True by itself where
-    `sample_prompts` or `num_generation_samples` is set."""
+    """Let the model answer at each evaluation, and write what it says to `samples.jsonl`. True by itself
+    where `sample_prompts` or `num_generation_samples` is set."""
     sample_prompts: list[str] = []
     """Prompts to answer, set in the format of the first dataset."""
     num_generation_samples: Annotated[int | None, Field(ge=1)] = None
@@ -224,3 +235,40 @@ class LoggingConfig(Section):
     """Whether runs are sent at once, kept in files, or not logged at all."""
     wandb_tags: list[str] = []
     """Tags of the run."""
+
+
+class Sections(BaseModel):
+    """All sections; the text under each is its heading."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True
+    )
+
+    model: ModelConfig
+    """Model and tokenizer"""
+    data: DataConfig
+    """Data"""
+    adapter: AdapterConfig
+    """Adapter"""
+    freeze: FreezeConfig
+    """Training without an adapter"""
+    precision: PrecisionConfig
+    """Precision and memory"""
+    training: TrainingConfig
+    """Training"""
+    evaluation: EvaluationConfig
+    """Evaluation and samples"""
+    output: OutputConfig
+    """Output and checkpoints"""
+    logging: LoggingConfig
+    """Logging"""
+
+
+SECTIONS: dict[str, type[Section]] = {
+    name: info.annotation  # type: ignore[misc]
+    for name, info in Sections.model_fields.items()
+}
+FIELDS: dict[str, FieldInfo] = {
+    key: info for section in SECTIONS.values() for key, info in section.model_fields.items()
+}
+SECTION_OF: dict[str, str] = {key: name for name, section in SECTIONS.items() for key in section.model_fields}

@@ -1,15 +1,15 @@
 """Checks one value against the type of its key.
 
-Pydantic declares the keys and makes the JSON Schema; the checking of what a user wrote is done here, because a report
-for a person needs what pydantic's errors do not carry: one message per value (not one per branch of a union), in the
-words of YAML, at the file's line. Nothing is converted beyond what cannot surprise: `3` is a float where a float is
-wanted, `1.0` a whole number; a text is never a number, and true/false is neither.
+Pydantic declares the keys and makes the JSON Schema; the checking of what a user wrote is done here, because
+a report for a person needs what pydantic's errors do not carry: one message per value (not one per branch of
+a union), in the words of YAML, at the file's line. Nothing is converted beyond what cannot surprise: `3` is a
+float where a float is wanted, `1.0` a whole number; a text is never a number, and true/false is neither.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
+import operator
 from collections.abc import Callable, Iterable
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -18,7 +18,8 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from luthier.config.yaml_source import Path_
+from luthier.config.names import nearest, unknown_key
+from luthier.config.yaml_source import Path_, dotted
 
 Report = Callable[[Path_, str], None]
 
@@ -30,7 +31,9 @@ class _Invalid:
 INVALID: Any = _Invalid()
 
 
-def check_value(annotation: Any, value: Any, path: Path_, report: Report, metadata: Iterable[Any] = ()) -> Any:
+def check_value(
+    annotation: Any, value: Any, path: Path_, report: Report, metadata: Iterable[Any] = ()
+) -> Any:
     """The value as its key's type wants it, or `INVALID` after a report; `path` names it in the report."""
     branches, limits = _branches(annotation)
     limits = [*limits, *metadata]
@@ -47,7 +50,10 @@ def check_value(annotation: Any, value: Any, path: Path_, report: Report, metada
                 return fitted
             report(path, f"{dotted(path)}: {problem}, found {found(value)}.")
             return INVALID
-    report(path, f"{dotted(path)}: expected {expected(annotation)}, found {found(value)}.{_hint(branches, value)}")
+    report(
+        path,
+        f"{dotted(path)}: expected {expected(annotation)}, found {found(value)}.{_hint(branches, value)}",
+    )
     return INVALID
 
 
@@ -57,7 +63,7 @@ def check_model(model: type[BaseModel], values: dict[str, Any], path: Path_, rep
     valid = True
     for key, value in values.items():
         if key not in model.model_fields:
-            report((*path, key), f"{dotted((*path, key))} is not a key of {_noun(model)}.{nearest(key, model.model_fields)}")
+            report((*path, key), unknown_key(key, value, model, shown=dotted((*path, key))))
             valid = False
         elif value is not None:  # null is unset
             info = model.model_fields[key]
@@ -70,24 +76,14 @@ def check_model(model: type[BaseModel], values: dict[str, Any], path: Path_, rep
     return model(**clean) if valid else INVALID
 
 
-def nearest(key: str, known: Iterable[str]) -> str:
-    """A sentence that names the key that was probably meant, or nothing."""
-    matches = difflib.get_close_matches(key.lower().replace("-", "_"), list(known), n=1, cutoff=0.7)
-    return f" Did you mean {matches[0]}?" if matches else ""
-
-
 def summary(info: FieldInfo) -> str:
     """The first sentence of a field's help."""
     return " ".join((info.description or "").split()).split(". ")[0].rstrip(".") + "."
 
 
-def dotted(path: Path_) -> str:
-    """`datasets.0.path`, as on the command line."""
-    return ".".join(str(part) for part in path)
-
-
 def accepts_only_text(annotation: Any) -> bool:
-    """Whether a value of this type can be nothing but text, so that `revision=123` needs no quotes in a shell."""
+    """Whether a value of this type can be nothing but text, so that `revision=123` needs no quotes in a
+    shell."""
     return all(b in (str, NoneType) for b in _branches(annotation)[0])
 
 
@@ -173,7 +169,9 @@ def _check_container(branch: Any, value: Any, path: Path_, report: Report, limit
     if branch is Any or isinstance(value, BaseModel):
         return value
     if get_origin(branch) is list:
-        if any(isinstance(limit, annotated_types.MinLen) and len(value) < limit.min_length for limit in limits):
+        if any(
+            isinstance(limit, annotated_types.MinLen) and len(value) < limit.min_length for limit in limits
+        ):
             report(path, f"{dotted(path)} is empty; it needs at least one entry.")
             return INVALID
         item_type = get_args(branch)[0]
@@ -205,21 +203,25 @@ def _out_of_range(value: Any, limits: list[Any]) -> str | None:
     if not math.isfinite(value):
         return "expected a finite number"
     for limit in limits:
-        match limit:
-            case annotated_types.Gt(bound) if not value > bound:
-                return f"has to be greater than {bound}"
-            case annotated_types.Ge(bound) if not value >= bound:
-                return f"has to be at least {bound}"
-            case annotated_types.Lt(bound) if not value < bound:
-                return f"has to be less than {bound}"
-            case annotated_types.Le(bound) if not value <= bound:
-                return f"has to be at most {bound}"
+        for kind, attribute, holds, words in _LIMITS:
+            bound = getattr(limit, attribute) if isinstance(limit, kind) else None
+            if bound is not None and not holds(value, bound):
+                return f"has to be {words} {bound}"
     return None
 
 
+_LIMITS: tuple[tuple[type, str, Callable[[Any, Any], bool], str], ...] = (
+    (annotated_types.Gt, "gt", operator.gt, "greater than"),
+    (annotated_types.Ge, "ge", operator.ge, "at least"),
+    (annotated_types.Lt, "lt", operator.lt, "less than"),
+    (annotated_types.Le, "le", operator.le, "at most"),
+)
+
+
 def _hint(branches: list[Any], value: Any) -> str:
-    if isinstance(value, bool) and str in branches:
-        return " YAML reads yes, no, on and off as true and false; put the text in quotes."
+    if isinstance(value, bool) and bool not in branches:
+        quotes = "; put a text in quotes" if str in branches else ""
+        return f" YAML reads yes, no, on and off as true and false{quotes}."
     if isinstance(value, int | float) and not isinstance(value, bool) and str in branches:
         return " Put it in quotes to make it text."
     if isinstance(value, str):
@@ -238,11 +240,3 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _noun(model: type[BaseModel]) -> str:
-    return {
-        "DatasetEntry": "a dataset entry",
-        "UserPrompt": "a prompt format",
-        "SpecialTokens": "special_tokens",
-    }.get(model.__name__, "the config")

@@ -1,8 +1,8 @@
 """YAML to Python values, with the line of every value kept.
 
-PyYAML's safe loader is the base; what differs from it is there to keep a user's slip from becoming a wrong value:
-a key written twice is an error, `5e-5` is a number, and dates, sexagesimal numbers (`1:30`) and numbers with a leading
-zero stay text. Problems are collected, so that one report can hold all of them.
+PyYAML's safe loader is the base; what differs from it is there to keep a user's slip from becoming a wrong
+value: a key written twice is an error, `5e-5` is a number, and dates, sexagesimal numbers (`1:30`) and
+numbers with a leading zero stay text. Problems are collected, so that one report can hold all of them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,11 @@ from typing import Any
 import yaml
 
 Path_ = tuple[str | int, ...]
+
+
+def dotted(path: Path_) -> str:
+    """`datasets.0.path`, as on the command line."""
+    return ".".join(str(part) for part in path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +46,9 @@ class Source:
                 return f"{self.name}:{self.lines[path[:length]]}"
         return self.name
 
-    def report(self, path: Path_, message: str) -> None:
-        self.problems.append(Problem(self.where(path), message))
+    def report(self, message: str, line: int | None = None) -> None:
+        """Add a problem of the source itself, at a line where it has one."""
+        self.problems.append(Problem(self.name if line is None else f"{self.name}:{line}", message))
 
 
 class _Loader(yaml.SafeLoader):
@@ -71,7 +77,7 @@ _Loader.add_implicit_resolver(
 
 def parse_scalar(text: str) -> Any:
     """A value from the command line. Raises `yaml.YAMLError` if it is no YAML."""
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    return yaml.load(text, Loader=_Loader)
 
 
 def read_file(path: str | Path) -> Source:
@@ -80,19 +86,19 @@ def read_file(path: str | Path) -> Source:
     try:
         raw = Path(path).read_bytes()
     except FileNotFoundError:
-        source.report((), "there is no such file.")
+        source.report("there is no such file.")
         return source
     except IsADirectoryError:
-        source.report((), "this is a folder; name a YAML file.")
+        source.report("this is a folder; name a YAML file.")
         return source
     except OSError as error:
-        source.report((), f"cannot be read: {error.strerror}.")
+        source.report(f"cannot be read: {error.strerror}.")
         return source
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        source.lines[("byte",)] = raw.count(b"\n", 0, error.start) + 1
-        source.report(("byte",), f"byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8.")
+        line = raw.count(b"\n", 0, error.start) + 1
+        source.report(f"byte 0x{raw[error.start]:02x} is not UTF-8; save the file as UTF-8.", line)
         return source
     _read_text(text, source)
     return source
@@ -104,28 +110,26 @@ def _read_text(text: str, source: Source) -> None:
         loader = _Loader(text)
         root = loader.get_single_node()
         if root is None:
-            source.report((), "the file is empty; a config needs at least base_model and datasets.")
+            source.report("the file is empty; a config needs at least base_model and datasets.")
         elif not isinstance(root, yaml.MappingNode):
-            source.report((), "a config is a mapping, with lines such as `base_model: NAME`; this is not one.")
+            source.report("a config is a mapping, with lines such as `base_model: NAME`; this is not one.")
         else:
             source.values = _Builder(loader, source).mapping(root, ())
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        source.lines[("character",)] = line
-        source.report(("character",), f"character U+{ord(text[error.position]):04X} may not stand in YAML.")
+        source.report(f"the character U+{ord(text[error.position]):04X} may not stand in YAML.", line)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        if mark is not None:
-            source.lines[("syntax",)] = mark.line + 1
-        source.report(("syntax",), _syntax_message(error, text, mark.line if mark else None))
+        source.report(_syntax_message(error, text), mark.line + 1 if mark else None)
     finally:
         if loader is not None:
             loader.dispose()
 
 
-def _syntax_message(error: yaml.MarkedYAMLError, text: str, line: int | None) -> str:
+def _syntax_message(error: yaml.MarkedYAMLError, text: str) -> str:
     problem = error.problem or error.context or "not YAML"
-    written = text.splitlines()[line] if line is not None and line < len(text.splitlines()) else ""
+    mark = error.problem_mark
+    written = text[mark.index - mark.column :].split("\n", 1)[0] if mark is not None else ""
     if "\t" in written[: len(written) - len(written.lstrip())] or "'\\t'" in problem:
         return "a tab stands where YAML wants spaces; indent with spaces."
     if "expected a single document" in (error.context or ""):
@@ -150,9 +154,11 @@ class _Builder:
     def value(self, node: yaml.Node, path: Path_) -> Any:
         self.source.lines[path] = node.start_mark.line + 1
         if isinstance(node, yaml.ScalarNode):
-            return self.loader.construct_object(node)  # type: ignore[no-untyped-call]
+            return self.loader.construct_object(node)
         if id(node) in self.open:
-            raise yaml.composer.ComposerError(None, None, "an alias stands inside its own anchor", node.start_mark)
+            raise yaml.composer.ComposerError(
+                None, None, "an alias stands inside its own anchor", node.start_mark
+            )
         self.open.add(id(node))
         try:
             if isinstance(node, yaml.SequenceNode):
@@ -169,11 +175,8 @@ class _Builder:
             line = key_node.start_mark.line + 1
             key = self._key(key_node)
             if key in written:
-                self.source.lines[("duplicate",)] = line
-                self.source.report(
-                    ("duplicate",),
-                    f"{key} is written a second time (first in line {written[key]}); keep one of the two.",
-                )
+                first = f"first in line {written[key]}"
+                self.source.report(f"{key} is written a second time ({first}); keep one of the two.", line)
             written.setdefault(key, line)
         self.loader.flatten_mapping(node)  # resolves `<<`
         values: dict[str, Any] = {}

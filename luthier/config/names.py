@@ -1,0 +1,73 @@
+"""What a user probably meant by a key that does not exist.
+
+Three guesses, best first: another tool's name for the same thing, a slip of the pen, a key of another depth.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import BaseModel
+
+from luthier.config.datasets import DatasetEntry, UserPrompt
+from luthier.config.schema import FIELDS, SECTIONS, SpecialTokens
+
+# Names that other tools use, and what to write here.
+ELSEWHERE: dict[str, str] = {
+    "model_name_or_path": "Write base_model.",
+    "num_train_epochs": "Write num_epochs.",
+    "per_device_train_batch_size": "Write micro_batch_size.",
+    "per_device_eval_batch_size": "Write eval_batch_size.",
+    "batch_size": "Write micro_batch_size and gradient_accumulation_steps.",
+    "max_seq_length": "Write sequence_len.",
+    "max_length": "Write sequence_len.",
+    "cutoff_len": "Write sequence_len.",
+    "lora_rank": "Write lora_r.",
+    "lora_target": "Write lora_target_modules, or `lora_target_linear: true` for all.",
+    "lr_scheduler_type": "Write lr_scheduler.",
+    "finetuning_type": "Write `adapter: lora`, or leave it out to train the model itself.",
+    "dataset": "Write datasets, a list of entries with path and type.",
+    "packing": "Write sample_packing.",
+    "flash_attention": "Write `attn_implementation: flash_attention_2`.",
+    "sdp_attention": "Write `attn_implementation: sdpa`.",
+    "eager_attention": "Write `attn_implementation: eager`.",
+    "pad_to_sequence_len": "Leave it out: padding is never computed here.",
+    "eval_sample_packing": "Leave it out: evaluation gives the same numbers packed or not.",
+    "group_by_length": "Leave it out: padding is never computed here.",
+    "strict": "Leave it out: unknown keys are always errors here.",
+    "use_wandb": "Write `report_to: wandb`.",
+    "wandb_run_id": "Leave it out: a resumed run goes on by itself.",
+    "wandb_watch": "Leave it out: gradients are not sent to trackers.",
+}
+
+# Mappings inside the config: what they are called in a message, and where they stand.
+_INNER: dict[type[BaseModel], tuple[str, str]] = {
+    DatasetEntry: ("a dataset entry", "an entry of datasets"),
+    UserPrompt: ("a prompt format", "the type of a dataset entry"),
+    SpecialTokens: ("special_tokens", "special_tokens"),
+}
+
+
+def unknown_key(key: str, value: Any, model: type[BaseModel] | None = None, shown: str = "") -> str:
+    """The message for a key that `model` (unset: the top level) does not have; `shown` is its dotted name."""
+    known = FIELDS if model is None else model.model_fields
+    place = "the config" if model is None else _INNER[model][0]
+    message = f"{shown or key} is not a key of {place}."
+    if model is None and key in ELSEWHERE:
+        return f"{message} {ELSEWHERE[key]}"
+    if model is None and key in SECTIONS and isinstance(value, dict):
+        return f"{message} Keys are flat: write what is inside {key} at the top level."
+    if model is not None and key in FIELDS:
+        return f"{message} It belongs at the top level."
+    for inner, (_, home) in _INNER.items():
+        if inner is not model and key in inner.model_fields:
+            return f"{message} It belongs inside {home}."
+    return message + nearest(key, known)
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """A sentence that names what was probably meant, or nothing."""
+    matches = difflib.get_close_matches(key.lower().replace("-", "_"), list(known), n=1, cutoff=0.7)
+    return f" Did you mean {matches[0]}?" if matches else ""

@@ -76,9 +76,14 @@ def check_model(model: type[BaseModel], values: dict[str, Any], path: Path_, rep
     return model(**clean) if valid else INVALID
 
 
+def help_of(info: FieldInfo) -> str:
+    """A field's help on one line."""
+    return " ".join((info.description or "").split())
+
+
 def summary(info: FieldInfo) -> str:
     """The first sentence of a field's help."""
-    return " ".join((info.description or "").split()).split(". ")[0].rstrip(".") + "."
+    return help_of(info).split(". ")[0].rstrip(".") + "."
 
 
 def accepts_only_text(annotation: Any) -> bool:

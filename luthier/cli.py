@@ -1,0 +1,222 @@
+"""The command line: one table from verb to function, and one place where errors become messages.
+
+`luthier --help` imports neither torch nor pydantic; the module of a verb is imported when the verb is called.
+What a user can mend (`LuthierError`) is shown as one message with its exit status, anything else as an
+internal error; a traceback appears with `--debug` only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import luthier
+from luthier.errors import LuthierError
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """What a verb runs (`module:function`, a function with typer's annotations) and its line in the help."""
+
+    target: str
+    help: str
+    takes_overrides: bool = False
+    """CONFIG and overrides come first; `--key value` pairs that the function does not know are handed on."""
+
+
+VERBS: dict[str, Verb] = {
+    "train": Verb("luthier.train.run:command", "Train what a config says.", takes_overrides=True),
+    "preview": Verb(
+        "luthier.data.preview:preview", "Show rows as they will be trained.", takes_overrides=True
+    ),
+    "validate": Verb("luthier.data.preview:validate", "Check a config and its data.", takes_overrides=True),
+    "generate": Verb("luthier.generate.cli:command", "Let a model or a run answer."),
+    "demo": Verb("luthier.demo.command:demo", "Train a tiny model and see that it learned."),
+    "config-schema": Verb(
+        "luthier.config.reference:command", "Print the JSON Schema of the config, for editors."
+    ),
+    "doctor": Verb("luthier.doctor:command", "Say what this machine and this installation have."),
+}
+
+TRAIN_USAGE = "luthier train CONFIG [KEY=VALUE | --KEY VALUE]... [--debug]"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line (default: that of the process) and give its exit status."""
+    remaining = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in remaining
+    remaining = [argument for argument in remaining if argument != "--debug"]
+    with _messages():
+        return _shielded(lambda: _dispatch(remaining, debug), debug)
+
+
+def _dispatch(arguments: list[str], debug: bool) -> int:
+    if not arguments or arguments[0] in ("--help", "-h"):
+        print(_help())
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name == "--version":
+        print(f"luthier {luthier.__version__}")
+        return 0
+    if name not in VERBS:
+        _say(f"error: {_unknown(name)}")
+        return 2
+    if name == "train":
+        return _train(rest)
+    return _run_verb(name, rest, debug)
+
+
+def _train(arguments: list[str]) -> int:
+    """`luthier train`: help and mistakes in the config are there at once, before torch is imported."""
+    if "--help" in arguments or "-h" in arguments:
+        from luthier.config.reference import help_text
+
+        print(
+            f"Usage: {TRAIN_USAGE}\n\nTrain what a config says: a YAML file with the keys below. Each can be"
+        )
+        print("overridden here, and `datasets.0.path=data.jsonl` reaches inside.\n")
+        print(help_text())
+        return 0
+    if not arguments:
+        _say(f"error: a config is missing: {TRAIN_USAGE}")
+        return 2
+    from luthier.config import Config
+
+    config, *overrides = arguments
+    Config.load(config, overrides)
+    _function(VERBS["train"])(config=Path(config), overrides=overrides)
+    return 0
+
+
+def _run_verb(name: str, arguments: list[str], debug: bool) -> int:
+    import typer
+
+    verb = VERBS[name]
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    settings: dict[str, Any] = {"help_option_names": ["--help", "-h"]}
+    if verb.takes_overrides:
+        settings["ignore_unknown_options"] = True
+    function = _function(verb)
+
+    @functools.wraps(function)
+    def shielded(*args: Any, **kwargs: Any) -> None:
+        # Inside typer, which would turn Ctrl-C into "Aborted!" and swallow broken pipes.
+        if status := _shielded(lambda: function(*args, **kwargs), debug):
+            raise SystemExit(status)
+
+    app.command(context_settings=settings, epilog="--debug shows tracebacks.")(shielded)
+    try:
+        typer.main.get_command(app).main(args=arguments, prog_name=f"luthier {name}")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def _function(verb: Verb) -> Callable[..., Any]:
+    module, _, name = verb.target.partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
+
+
+def _shielded(call: Callable[[], Any], debug: bool) -> int:
+    """The exit status of a call, with its errors shown as messages."""
+    try:
+        status = call()
+        sys.stdout.flush()
+    except LuthierError as error:
+        if debug:
+            traceback.print_exc()
+        _say(f"error: {error}")
+        return error.exit_status
+    except KeyboardInterrupt:
+        if debug:
+            traceback.print_exc()
+        _say("interrupted")
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has had enough (`| head`); Python must not complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        kind = type(error).__name__
+        again = "" if debug else " (run again with --debug and report it)"
+        _say(f"internal error: {kind}: {error}{again}")
+        return 1
+    return status if isinstance(status, int) else 0
+
+
+class _Plain(logging.Formatter):
+    """The message alone; what is worse than information begins with its level."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
+
+
+@contextlib.contextmanager
+def _messages() -> Iterator[None]:
+    """While a command runs, what the package logs goes to standard error."""
+    logger = logging.getLogger("luthier")
+    before = (logger.level, logger.propagate)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Plain("%(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+
+
+def _help() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {name:<{width}}  {verb.help}" for name, verb in VERBS.items())
+    return f"""\
+Usage: luthier VERB [ARGUMENTS]...
+
+Fine-tune open language models from one YAML file.
+
+Verbs (each has --help):
+{verbs}
+
+Options:
+  --debug    show the traceback of an error
+  --version  show the version
+  --help     show this help
+
+First steps: luthier demo, then luthier train CONFIG."""
+
+
+def _unknown(name: str) -> str:
+    import difflib
+
+    if name.startswith("-"):
+        return f"there is no option {name} before the verb; see luthier --help."
+    near = difflib.get_close_matches(name, VERBS, n=1)
+    meant = f" Did you mean {near[0]}?" if near else ""
+    if not near and name.endswith((".yml", ".yaml")):
+        meant = f" Did you mean luthier train {name}?"
+    return f"there is no verb {name}.{meant} The verbs are {', '.join(VERBS)}."
+
+
+def _say(message: str) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        print(message, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""One file per operation: tensors in, tensors out, nothing of the rest of the package."""

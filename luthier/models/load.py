@@ -1,0 +1,173 @@
+"""Loading a base model as it is on the hub or on disk, ready to be changed on the instance.
+
+Anything that `AutoModelForCausalLM` knows can be trained. Checkpoints with a vision or audio part come as
+their whole class, of which the text part is what trains. Nothing of the model's own is left to chance: weights
+that the checkpoint lacks are an error, and a model's own dropout is turned off and said, since a step must give
+the same gradients however it is cut into passes.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from luthier.config import Config, ModelConfig
+from luthier.errors import ConfigError, ModelError
+from luthier.models import attention
+
+log = logging.getLogger("luthier")
+
+
+def load_model(
+    config: Config, tokenizer: PreTrainedTokenizerBase, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The base model of a config on its device, in eval mode, with room for the tokenizer's added tokens.
+
+    Raises:
+        ModelError: not found, gated, weights missing, or no causal LM.
+        ConfigError: a `model_type` that transformers does not have.
+    """
+    model_config = read_model_config(config.model)
+    auto_class = _model_class(config.model, model_config)
+    if config.model.trust_remote_code:
+        log.warning("trust_remote_code: code that comes with %s is run", config.model.base_model)
+    arguments: dict[str, Any] = dict(
+        config=model_config,
+        revision=config.model.revision,
+        trust_remote_code=config.model.trust_remote_code,
+        dtype=dtype,
+        attn_implementation=config.model.attn_implementation,
+        output_loading_info=True,
+    )
+    if device.type == "cuda":
+        arguments["device_map"] = {"": device}  # straight to the card: the host never holds the whole model
+    try:
+        model, info = auto_class.from_pretrained(config.model.base_model, **arguments)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise load_error("model", config.model.base_model, error) from error
+    model = model.to(device).eval()
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{config.model.base_model}: the checkpoint lacks {len(missing)} of the model's weights "
+            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); is it a checkpoint of "
+            f"{type(model).__name__}?"
+        )
+    if info["unexpected_keys"]:
+        unexpected = sorted(info["unexpected_keys"])
+        log.info("%d weights of the checkpoint have no place in %s and are left out (%s, ...)",
+                 len(unexpected), type(model).__name__, unexpected[0])
+    if config.model.attn_implementation is None:
+        use_flat_attention(model)
+    _turn_off_randomness(model)
+    grow_embeddings(model, len(tokenizer))
+    return model
+
+
+def read_model_config(model: ModelConfig) -> Any:
+    """The checkpoint's `config.json` as transformers reads it; no weights are touched."""
+    try:
+        return transformers.AutoConfig.from_pretrained(
+            model.base_model, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise load_error("model", model.base_model, error) from error
+
+
+def _model_class(model: ModelConfig, model_config: Any) -> Any:
+    if model.model_type != "AutoModelForCausalLM":
+        chosen = getattr(transformers, model.model_type, None)
+        if chosen is None:
+            raise ConfigError(f"model_type: transformers {transformers.__version__} has no class {model.model_type!r}")
+        return chosen
+    causal = transformers.AutoModelForCausalLM
+    remote = model.trust_remote_code and "AutoModelForCausalLM" in (getattr(model_config, "auto_map", None) or {})
+    if remote or type(model_config) in causal._model_mapping:
+        return causal
+    if type(model_config) in transformers.AutoModelForImageTextToText._model_mapping:
+        log.info("%s has parts beside its text model; the text model is what trains", model.base_model)
+        return transformers.AutoModelForImageTextToText
+    raise ModelError(
+        f"{model.base_model}: a {model_config.model_type!r} model generates no text from left to right; "
+        "base_model must be a causal language model"
+    )
+
+
+def load_error(what: str, name: str, error: Exception) -> ModelError:
+    """One message for the many ways in which transformers says that something cannot be loaded."""
+    text = " ".join(str(error).split())
+    lowered = text.lower()
+    if "gated" in lowered or "401" in text or "403" in text:
+        hint = "it is gated or private: accept its licence on the hub, then set HF_TOKEN or run `hf auth login`"
+    elif "trust_remote_code" in lowered:
+        hint = "it needs code of its own: read that code, then set trust_remote_code: true"
+    elif "couldn't connect" in lowered or "offline" in lowered or "connection" in lowered:
+        hint = "it is not on this machine and the hub cannot be reached; check the path or the network"
+    elif "not a valid model identifier" in lowered or "404" in text or "no such file" in lowered:
+        hint = "no such folder here and no such name on the hub; check base_model"
+    else:
+        hint = text[:300]
+    return ModelError(f"cannot load the {what} {name!r}: {hint}")
+
+
+def use_flat_attention(model: PreTrainedModel) -> bool:
+    """Let the model attend through Luthier, where its family asks transformers' registry; says whether it does."""
+    attention.register()
+    if not model._can_set_attn_implementation():
+        return False
+    model.set_attn_implementation(attention.NAME)
+    return True
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The module from token ids to the last hidden states; of a multimodal model its text part."""
+    decoder = model.get_decoder()
+    if decoder is model:
+        raise ModelError(f"{type(model).__name__} has no text decoder that transformers can name")
+    return decoder
+
+
+def text_config_of(model: PreTrainedModel) -> Any:
+    return model.config.get_text_config(decoder=True)
+
+
+def _turn_off_randomness(model: nn.Module) -> None:
+    found: dict[str, float] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            found["dropout"] = module.p
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if ("dropout" in name or "jitter" in name) and isinstance(value, float) and value > 0:
+                found[name] = value
+                setattr(module, name, 0.0)
+    if found:
+        listed = ", ".join(f"{name} {value:g}" for name, value in sorted(found.items()))
+        log.info("the model's own randomness is off (%s); lora_dropout is what drops out here", listed)
+
+
+def grow_embeddings(model: PreTrainedModel, tokens: int) -> int:
+    """Room for `tokens` rows in the embeddings and the head; returns how many rows were added.
+
+    A tokenizer smaller than the embeddings is common (padded vocabularies) and changes nothing.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokens <= rows:
+        return 0
+    model.resize_token_embeddings(tokens, mean_resizing=True)
+    log.info("embeddings grown from %d to %d rows for added tokens, set to the mean of the others", rows, tokens)
+    return tokens - rows
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Trainable and all parameters; tied ones count once."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        total += parameter.numel()
+        trainable += parameter.numel() if parameter.requires_grad else 0
+    return trainable, total

@@ -1,0 +1,137 @@
+"""The module that is trained: a flat batch of documents in, the log-prob of every labelled token out.
+
+It alone runs backbone and head, so that whatever wraps a module (sharding, compilation) wraps this one.
+The backbone gives hidden states; the head sees the labelled positions only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from luthier.kernels.linear_ce import linear_logps, transform_logits
+from luthier.models.attention import flat_pass
+from luthier.models.load import decoder_of, text_config_of
+from luthier.models.lora import DropoutState
+
+
+class FlatBatch(Protocol):
+    """One forward pass. T tokens of D documents laid end to end, N labelled positions among them.
+
+    Attributes:
+        input_ids, position_ids: (T,) int64; positions begin at 0 in every document.
+        lengths: tokens of each document, adding up to T. cu_seqlens: (D + 1,) int32, their running sum from 0.
+        seeds: one integer per document, for dropout.
+        position_N: (N,) int64, the token whose hidden state predicts the label. target_N: (N,) int64.
+        weight_N: (N,) fp32, loss weights.
+    """
+
+    @property
+    def input_ids(self) -> torch.Tensor: ...
+    @property
+    def position_ids(self) -> torch.Tensor: ...
+    @property
+    def cu_seqlens(self) -> torch.Tensor: ...
+    @property
+    def lengths(self) -> Sequence[int]: ...
+    @property
+    def seeds(self) -> Sequence[int]: ...
+    @property
+    def position_N(self) -> torch.Tensor: ...
+    @property
+    def target_N(self) -> torch.Tensor: ...
+    @property
+    def weight_N(self) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class HeadConvention:
+    """What a family does between its head and its softmax; read off its config."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> HeadConvention:
+        config = text_config_of(model)
+        scale = 1.0
+        for name in ("logit_scale", "lm_head_multiplier"):  # Cohere, Falcon-H1
+            scale *= getattr(config, name, None) or 1.0
+        scaling = getattr(config, "logits_scaling", None) or 1.0
+        scale = scale * scaling if config.model_type == "hyperclovax" else scale / scaling
+        return cls(scale, getattr(config, "final_logit_softcapping", None))
+
+
+class Policy(nn.Module):
+    """Backbone and head of a causal LM as a function of flat batches.
+
+    Args:
+        model: a causal LM, changed already (adapter, frozen layers).
+        dropout: the state that its LoRA layers share, if it has any.
+        flat: whether several documents may share a pass (`models.isolation` proves it). Otherwise each
+            document of a batch runs on its own, with the model's own attention.
+        own_head: whether the head may be run here, on chunks of the labelled positions; otherwise the model's
+            own forward gives their logits (families with a convention that is not known here).
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, dropout: DropoutState | None = None, *, flat: bool = True, own_head: bool = True
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.dropout = dropout or DropoutState()
+        self.flat = flat
+        self.own_head = own_head
+        self.convention = HeadConvention.of(model)
+
+    def forward(self, batch: FlatBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs (N,) in fp32 and whether each label was the first choice (N,), in the batch's order."""
+        self.dropout.lengths, self.dropout.seeds = batch.lengths, batch.seeds
+        if not self.own_head:
+            return self._logps_by_model(batch)
+        hidden_TD = self.hidden(batch.input_ids, batch.position_ids, batch.lengths, batch.cu_seqlens)
+        head = self.model.get_output_embeddings()
+        return linear_logps(
+            hidden_TD.index_select(0, batch.position_N), batch.target_N, head,
+            vocabulary=head.weight.shape[0], scale=self.convention.scale, softcap=self.convention.softcap,
+        )
+
+    def hidden(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, lengths: Sequence[int], cu_seqlens: torch.Tensor
+    ) -> torch.Tensor:
+        """Last hidden states (T, D) of a flat run of documents."""
+        decoder = decoder_of(self.model)
+        if not self.flat:
+            documents = input_ids.split(list(lengths))
+            return torch.cat([decoder(input_ids=ids[None], use_cache=False).last_hidden_state[0] for ids in documents])
+        longest = max(lengths)
+        with flat_pass():
+            # The names are those that transformers gives flat batches for flash attention; `document_lengths` is
+            # the same on the host, where per-document slices are cut.
+            return decoder(
+                input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False,
+                document_lengths=tuple(lengths), cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens,
+                max_length_q=longest, max_length_k=longest,
+            ).last_hidden_state[0]
+
+    def _logps_by_model(self, batch: FlatBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        pieces = []
+        start = 0
+        for ids in batch.input_ids.split(list(batch.lengths)):
+            inside = (batch.position_N >= start) & (batch.position_N < start + len(ids))
+            logits = self.model(input_ids=ids[None], use_cache=False).logits[0].float()
+            pieces.append(logits[batch.position_N[inside] - start])
+            start += len(ids)
+        logits_NV = torch.cat(pieces)
+        logp = logits_NV.log_softmax(-1).gather(-1, batch.target_N[:, None])[:, 0]
+        return logp, logits_NV.argmax(-1) == batch.target_N
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Full logits of some hidden states, for proofs."""
+        logits = self.model.get_output_embeddings()(hidden).float()
+        return transform_logits(logits, self.convention.scale, self.convention.softcap)

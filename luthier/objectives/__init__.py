@@ -1,0 +1,1 @@
+"""Training objectives: functions over the log-probs of labelled tokens."""

@@ -1,0 +1,252 @@
+"""Checkpoints: complete, atomic, and keyed by parameter name.
+
+A checkpoint is a folder `checkpoint-N`. It is written under another name, flushed to the disk and renamed, so
+that a run killed at any moment leaves either a whole checkpoint or none; every file's size and checksum are in
+`trainer_state.json`, so that one that was damaged later is recognised and passed over.
+
+    checkpoint-N/
+      masters.safetensors     the trained parameters in fp32
+      optimizer.safetensors   the optimizer's tensors, `<field>/<parameter name>`
+      rng.pt                  random states of torch
+      trainer_state.json      where the run stands, and the checksums
+      ...                     the adapter or model itself, in its own format, ready to be loaded elsewhere
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from luthier.errors import RunError
+
+log = logging.getLogger("luthier")
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+_PARTIAL = ".partial-"
+STATE = "trainer_state.json"
+
+
+@dataclass
+class Window:
+    """Sums since the last logged row."""
+
+    steps: int = 0
+    loss: float = 0.0
+    correct: int = 0
+    trained_tokens: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class State:
+    """Where a run stands; everything that its next step depends on beside tensors.
+
+    Attributes:
+        step: optimizer steps done. documents: examples consumed by the whole job, over all epochs.
+        seconds: spent in training steps, over all starts of the run.
+        window: since the last logged row. between: since the last evaluation.
+        evaluations: (step, eval loss, mean train loss since the evaluation before it), in order.
+    """
+
+    step: int = 0
+    documents: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    seconds: float = 0.0
+    window: Window = field(default_factory=Window)
+    between: Window = field(default_factory=Window)
+    evaluations: list[list[Any]] = field(default_factory=list)
+    best_loss: float | None = None
+    best_step: int | None = None
+    evaluations_since_best: int = 0
+    loss_scale: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> State:
+        known = {name: values[name] for name in (f.name for f in fields(cls))}
+        return cls(**{**known, "window": Window(**values["window"]), "between": Window(**values["between"])})
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: the run folder.
+        write_model: writes the adapter or model, in its own format, into the folder that it is given.
+        limit: how many to keep (the best one is kept beside them); None keeps all.
+        job: what must be the same for a run to go on (a fingerprint of data and model); kept in each checkpoint.
+    """
+
+    def __init__(
+        self, folder: Path, write_model: Callable[[Path], None], *, limit: int | None, job: dict[str, Any]
+    ) -> None:
+        self.folder = folder
+        self.write_model = write_model
+        self.limit = limit
+        self.job = job
+
+    def save(
+        self, state: State, masters: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer
+    ) -> Path:
+        """Write `checkpoint-<state.step>`; one that is there already is this very state.
+
+        Raises:
+            RunError: it cannot be written; nothing half-written stays behind.
+        """
+        final = self.folder / f"checkpoint-{state.step}"
+        if final.exists():
+            return final
+        partial = self.folder / f"{_PARTIAL}{final.name}"
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir(parents=True)
+            self.write_model(partial)
+            save_file({n: _host(t) for n, t in masters.items()}, partial / "masters.safetensors")
+            tensors, others = optimizer_by_name(masters, optimizer)
+            save_file({n: _host(t) for n, t in tensors.items()}, partial / "optimizer.safetensors")
+            torch.save(_random_state(), partial / "rng.pt")
+            files = {p.relative_to(partial).as_posix(): _checksum(p) for p in sorted(partial.rglob("*")) if p.is_file()}
+            written = {**asdict(state), "job": self.job, "optimizer_values": others, "files": files}
+            (partial / STATE).write_text(json.dumps(written, indent=1), encoding="utf-8")
+            for path in partial.rglob("*"):
+                _flush(path)
+            partial.rename(final)
+            _flush(self.folder)
+        except Exception as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if not isinstance(error, OSError) and "No space left" not in str(error) and "I/O error" not in str(error):
+                raise
+            last = latest(self.folder)
+            raise RunError(
+                f"{final}: cannot be written: {error}; "
+                + (f"the last good checkpoint is {last.name}" if last else "there is no earlier checkpoint")
+            ) from error
+        self._prune(state)
+        return final
+
+    def _prune(self, state: State) -> None:
+        if self.limit is None:
+            return
+        best = f"checkpoint-{state.best_step}"
+        others = [path for path in list_checkpoints(self.folder) if path.name != best]
+        for path in others[: -self.limit]:
+            # Renamed first: a removal cut short must not leave something that looks like a checkpoint.
+            doomed = path.with_name(f"{_PARTIAL}{path.name}")
+            path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders of a run, oldest first."""
+    found = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
+    return [path for _, path in sorted(found)]
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole; damaged ones are named and passed over."""
+    for path in reversed(list_checkpoints(folder)):
+        problem = damage(path)
+        if not problem:
+            return path
+        log.warning("%s is passed over: %s", path.name, problem)
+    return None
+
+
+def damage(path: Path) -> str:
+    """What is wrong with a checkpoint; empty if nothing is."""
+    try:
+        files = json.loads((path / STATE).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError):
+        return f"{STATE} is missing or unreadable"
+    for name, expected in files.items():
+        try:
+            if _checksum(path / name) != expected:
+                return f"{name} is not what was written"
+        except OSError:
+            return f"{name} is missing"
+    return ""
+
+
+def read_state(path: Path) -> tuple[State, dict[str, Any]]:
+    """The state in a checkpoint, and the job that it belongs to."""
+    values = json.loads((path / STATE).read_text(encoding="utf-8"))
+    return State.of(values), values["job"]
+
+
+def read_masters(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path / "masters.safetensors")
+
+
+def restore_optimizer(path: Path, masters: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Put the optimizer's tensors back, each to the parameter of its name, and torch's random states."""
+    values = json.loads((path / STATE).read_text(encoding="utf-8"))["optimizer_values"]
+    by_parameter: dict[str, dict[str, Any]] = {name: {} for name in masters}
+    for key, tensor in load_file(path / "optimizer.safetensors").items():
+        field_name, _, name = key.partition("/")
+        by_parameter[name][field_name] = tensor
+    for key, value in values.items():
+        field_name, _, name = key.partition("/")
+        by_parameter[name][field_name] = value
+    # torch numbers parameters in group order and moves the state to each parameter's device and dtype
+    names = {id(master): name for name, master in masters.items()}
+    packed = optimizer.state_dict()
+    ordered = [p for group in optimizer.param_groups for p in group["params"]]
+    packed["state"] = {i: by_parameter[names[id(p)]] for i, p in enumerate(ordered) if by_parameter[names[id(p)]]}
+    optimizer.load_state_dict(packed)
+    random = torch.load(path / "rng.pt", weights_only=True)
+    torch.set_rng_state(random["cpu"])
+    if torch.cuda.is_available() and random.get("cuda") is not None:
+        torch.cuda.set_rng_state(random["cuda"])
+
+
+def optimizer_by_name(
+    masters: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The optimizer's state as `<field>/<parameter name>`: tensors, and values that are none."""
+    names = {id(master): name for name, master in masters.items()}
+    tensors: dict[str, torch.Tensor] = {}
+    others: dict[str, Any] = {}
+    for parameter, state in optimizer.state.items():
+        for field_name, value in state.items():
+            key = f"{field_name}/{names[id(parameter)]}"
+            if isinstance(value, torch.Tensor):
+                tensors[key] = value
+            else:
+                others[key] = value
+    return tensors, others
+
+
+def _random_state() -> dict[str, torch.Tensor | None]:
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+
+
+def _host(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu").contiguous()
+
+
+def _checksum(path: Path) -> list[int]:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            crc = zlib.crc32(block, crc)
+    return [path.stat().st_size, crc]
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,227 @@
+"""The training loop: one for every method.
+
+`fit` takes its parts as arguments and knows none of them: a policy (flat batch -> log-probs), an objective
+(log-probs -> partial loss), steps cut into passes, an optimizer over fp32 masters, evaluators.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from luthier.errors import RunError
+from luthier.train.checkpoint import Checkpoints, State, Window, latest
+from luthier.train.metrics import Recorder
+
+
+class Step(Protocol):
+    """One optimizer step, fixed before its first pass; see `data.loader.Step`."""
+
+    @property
+    def rows(self) -> Sequence[int]: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def trained_tokens(self) -> int: ...
+
+
+class Loader(Protocol):
+    """Steps by number, and the passes of a step on a device; see `data.loader.StepLoader`."""
+
+    steps_per_epoch: int
+
+    def step(self, index: int) -> Any: ...
+    def batches(self, step: Any, device: torch.device) -> Iterable[Any]: ...
+
+
+class Masters(Protocol):
+    """The fp32 parameters that the optimizer steps on; see `train.optim.Masters`."""
+
+    masters: dict[str, torch.Tensor]
+
+    def zero_grad(self) -> None: ...
+    def publish(self) -> None: ...
+
+
+# (log-probs, weights, the step's total weight) -> the pass's share of the loss
+Objective = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When things happen: steps in all, and after which steps to log, evaluate and save."""
+
+    total_steps: int
+    log: Callable[[int], bool]
+    evaluate: Callable[[int], bool]
+    save: Callable[[int], bool]
+    save_best: bool = False
+    patience: int | None = None
+
+
+def fit(
+    policy: nn.Module,
+    objective: Objective,
+    loader: Loader,
+    masters: Masters,
+    optimizer: torch.optim.Optimizer,
+    *,
+    learning_rate: Callable[[int], float],
+    clip: Callable[[Any], torch.Tensor],
+    scaler: torch.amp.GradScaler,
+    plan: Plan,
+    state: State,
+    recorder: Recorder,
+    checkpoints: Checkpoints,
+    evaluate: Callable[[int], dict[str, float]] | None,
+    sample: Callable[[int], list[dict[str, Any]]] | None,
+    interrupted: Callable[[], bool],
+    device: torch.device,
+    peak_memory: Callable[[], float],
+) -> State:
+    """Train from `state.step` to the plan's end, an interruption, or early stopping; returns the state reached.
+
+    Args:
+        learning_rate: of a step, counted from 0. clip: bounds the masters' gradients and returns their norm.
+        scaler: scales the loss where activations are fp16; disabled otherwise.
+        evaluate: step -> row of figures, `eval_loss` among them. sample: step -> generated samples.
+        interrupted: asked after every step; true ends the run after a checkpoint.
+
+    Raises:
+        RunError: the loss is not finite, or a checkpoint cannot be written.
+    """
+    while state.step < plan.total_steps:
+        began = time.perf_counter()
+
+        # 1. The whole step is known first, so that every pass has the step's denominator.
+        step = loader.step(state.step)
+        rate = learning_rate(state.step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+        # 2. Forward and backward, pass by pass; the partial losses add up to the step's loss.
+        policy.train()
+        masters.zero_grad()
+        loss, correct = torch.zeros((), device=device), torch.zeros((), device=device, dtype=torch.int64)
+        for batch in loader.batches(step, device):
+            logps, hits = policy(batch)
+            partial = objective(logps, batch.weight_N, float(max(1, step.trained_tokens)))
+            scaler.scale(partial).backward()
+            loss += partial.detach()
+            correct += hits.sum()
+        step_loss = float(loss)
+        if not math.isfinite(step_loss):
+            raise RunError(_not_finite(step_loss, state.step + 1, step.rows, checkpoints))
+
+        # 3. Clip, step, and copy the masters into the 16-bit parameters.
+        scaler.unscale_(optimizer)
+        norm = clip(masters)
+        scaler.step(optimizer)
+        scaler.update()
+        masters.publish()
+
+        # 4. Account for it.
+        state.step += 1
+        state.documents += len(step.rows)
+        state.tokens += step.tokens
+        state.trained_tokens += step.trained_tokens
+        state.loss_scale = scaler.state_dict()
+        seconds = time.perf_counter() - began
+        state.seconds += seconds
+        for window in (state.window, state.between):
+            _add(window, step_loss, int(correct), step, seconds)
+        recorder.advance(state.step)
+
+        # 5. Log, evaluate, save.
+        last = state.step == plan.total_steps
+        if plan.log(state.step) or last:
+            recorder.row(_row(state, plan, loader, rate, float(norm), peak_memory()))
+            state.window = Window()
+        improved = False
+        if plan.evaluate(state.step) and evaluate:
+            improved = _note_evaluation(state, evaluate(state.step), recorder)
+        if plan.evaluate(state.step) and sample:
+            recorder.samples(sample(state.step))
+        stopping = interrupted()
+        if plan.save(state.step) or last or stopping or (improved and plan.save_best):
+            checkpoints.save(state, masters.masters, optimizer)
+
+        # 6. End early: asked to, or no longer improving.
+        if stopping:
+            break
+        if plan.patience is not None and state.evaluations_since_best >= plan.patience:
+            checkpoints.save(state, masters.masters, optimizer)
+            recorder.say(f"stopping early: eval loss has not improved in {plan.patience} evaluations "
+                         f"(best {state.best_loss:.4f} at step {state.best_step})")
+            break
+    return state
+
+
+def _add(window: Window, loss: float, correct: int, step: Step, seconds: float) -> None:
+    window.steps += 1
+    window.loss += loss
+    window.correct += correct
+    window.trained_tokens += step.trained_tokens
+    window.tokens += step.tokens
+    window.seconds += seconds
+
+
+def _row(state: State, plan: Plan, loader: Loader, rate: float, norm: float, peak: float) -> dict[str, Any]:
+    window = state.window
+    per_step = state.seconds / state.step
+    return {
+        "step": state.step,
+        "epoch": state.step / loader.steps_per_epoch,
+        "loss": window.loss / window.steps,
+        "token_accuracy": window.correct / max(1, window.trained_tokens),
+        "learning_rate": rate,
+        "grad_norm": norm,
+        "tokens": state.tokens,
+        "trained_tokens": state.trained_tokens,
+        "tokens_per_second": window.tokens / window.seconds,
+        "seconds": state.seconds,
+        "peak_memory_gib": peak,
+        "eta_seconds": per_step * (plan.total_steps - state.step),
+    }
+
+
+def _note_evaluation(state: State, figures: dict[str, float], recorder: Recorder) -> bool:
+    """Record an evaluation; says when eval loss has turned while train loss goes on falling."""
+    recorder.evaluation({"step": state.step, **figures})
+    loss = figures["eval_loss"]
+    train_loss = state.between.loss / state.between.steps
+    state.between = Window()
+    improved = state.best_loss is None or loss < state.best_loss
+    if improved:
+        state.best_loss, state.best_step, state.evaluations_since_best = loss, state.step, 0
+    else:
+        state.evaluations_since_best += 1
+    state.evaluations.append([state.step, loss, train_loss])
+    if (since := overfitting_since(state)) is not None:
+        recorder.say(f"overfitting since step {since}: eval loss rose to {loss:.4f} while train loss fell")
+    return improved
+
+
+def overfitting_since(state: State) -> int | None:
+    """The step of the best evaluation, if eval loss has risen since while train loss fell; else None."""
+    if not state.evaluations or state.evaluations[-1][0] == state.best_step:
+        return None
+    best = next(row for row in state.evaluations if row[0] == state.best_step)
+    last = state.evaluations[-1]
+    return best[0] if last[1] > best[1] and last[2] < best[2] else None
+
+
+def _not_finite(loss: float, step: int, rows: Sequence[int], checkpoints: Checkpoints) -> str:
+    kept = latest(checkpoints.folder)
+    return (
+        f"the loss is {loss} at step {step}; nothing of this step was applied. Its rows in the training set: "
+        f"{list(rows)[:16]}{' ...' if len(rows) > 16 else ''} (`luthier preview CONFIG --row N` shows one). "
+        + (f"The last good checkpoint is {kept}. " if kept else "No checkpoint was written before it. ")
+        + "Try a lower learning_rate, more warmup_steps, or bf16 instead of fp16."
+    )

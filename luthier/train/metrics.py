@@ -1,0 +1,140 @@
+"""What a run says while it goes: rows in `metrics.jsonl`, and a progress bar or plain lines.
+
+A row is written and flushed at once; a resumed run drops the rows after its checkpoint, since it will write
+them again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+log = logging.getLogger("luthier")
+
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+
+# Everything that also wants the rows: (row, step).
+Sink = Callable[[dict[str, Any], int], None]
+
+
+class Recorder:
+    """Writes rows to a run folder and shows them.
+
+    Args:
+        folder: the run folder. total_steps: for the bar and the ETA. from_step: rows after it are dropped.
+        sinks: trackers.
+    """
+
+    def __init__(self, folder: Path, total_steps: int, *, from_step: int = 0, sinks: list[Sink] | None = None) -> None:
+        self.total_steps = total_steps
+        self.sinks = sinks or []
+        drop_rows_after(folder / METRICS, from_step)
+        drop_rows_after(folder / SAMPLES, from_step)
+        self._metrics: TextIO = (folder / METRICS).open("a", encoding="utf-8")
+        self._samples = folder / SAMPLES
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._from_step = from_step
+
+    def __enter__(self) -> Recorder:
+        if sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
+                TimeElapsedColumn(), TextColumn("{task.fields[figures]}"), console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task("training", total=self.total_steps, completed=self._from_step, figures="")
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar:
+            self._bar.stop()
+        self._metrics.close()
+
+    def advance(self, step: int) -> None:
+        """Move the bar; called every step."""
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, completed=step)
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Write a training row, show it, and hand it to the trackers."""
+        self._write(row)
+        speed, step = row["tokens_per_second"], row["step"]
+        figures = (
+            f"loss {row['loss']:.4f}  accuracy {row['token_accuracy']:.3f}  {speed:,.0f} tokens/s"
+            f"  ETA {_clock(row['eta_seconds'])}  {row['peak_memory_gib']:.2f} GiB"
+        )
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, figures=figures)
+        else:
+            self.say(f"step {step}/{self.total_steps}  epoch {row['epoch']:.2f}  {figures}  lr {row['learning_rate']:.2e}")
+
+    def evaluation(self, row: dict[str, Any]) -> None:
+        """Write an evaluation row and show it."""
+        self._write(row)
+        shown = [f"eval loss {row['eval_loss']:.4f}"] if "eval_loss" in row else []
+        shown += [f"perplexity {row['eval_perplexity']:.3f}"] if "eval_perplexity" in row else []
+        shown += [f"accuracy {row['eval_token_accuracy']:.3f}"] if "eval_token_accuracy" in row else []
+        self.say(f"step {row['step']}: " + "  ".join(shown))
+
+    def samples(self, rows: list[dict[str, Any]]) -> None:
+        """Write generated samples and show them."""
+        with self._samples.open("a", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        for row in rows:
+            ended = "" if row["stopped"] else "  [cut off]"
+            self.say(f"sample at step {row['step']}: {_short(row['prompt'])} -> {_short(row['text'])}{ended}")
+        if rows:
+            stopped = sum(bool(row["stopped"]) for row in rows)
+            self.say(f"{stopped} of {len(rows)} samples ended by themselves")
+
+    def say(self, line: str) -> None:
+        """A line to the user, above the bar if there is one."""
+        if self._bar:
+            self._bar.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        kept = {name: value for name, value in row.items() if name != "eta_seconds"}
+        self._metrics.write(json.dumps(kept) + "\n")
+        self._metrics.flush()
+        for sink in self.sinks:
+            sink(kept, int(row["step"]))
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Keep the rows of a JSONL up to a step; a last line cut off by a kill goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and row.get("step", 0) <= step and step > 0:
+            kept.append(line + "\n")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _short(text: str, limit: int = 100) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= limit else "…" + flat[-limit:]

@@ -1,0 +1,311 @@
+"""From a config to a finished run folder: the one place that puts the parts together.
+
+    config -> device, tokenizer, data -> model -> policy (proven) -> optimizer, steps -> fit -> folder
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from luthier.config import Config
+from luthier.data.dataset import PreparedData, TokenDataset, prepare
+from luthier.data.formats import prompt_example
+from luthier.data.loader import StepLoader
+from luthier.data.render import Renderer
+from luthier.data.tokenizer import load_tokenizer, terminator_ids
+from luthier.errors import RunError
+from luthier.evaluate.loss import evaluate_loss
+from luthier.evaluate.samples import Sampler, validation_prompts
+from luthier.generate.engine import Engine
+from luthier.generate.sampling import Sampling
+from luthier.models.adapter_files import save_adapter
+from luthier.models.assemble import adapter_of, build_model
+from luthier.models.device import choose_device, choose_dtype, peak_memory_gib, set_matmul_precision
+from luthier.models.isolation import build_policy
+from luthier.models.policy import Policy
+from luthier.objectives.sft import sft
+from luthier.train import checkpoint
+from luthier.train.artifacts import plot_losses, write_environment, write_model_card
+from luthier.train.checkpoint import Checkpoints, State
+from luthier.train.files import write_text_atomic
+from luthier.train.folder import CONFIG, open_folder
+from luthier.train.interrupt import Interrupt
+from luthier.train.loop import Plan, fit, overfitting_since
+from luthier.train.metrics import Recorder
+from luthier.train.optim import Masters, build_optimizer, clip_gradients, schedule
+from luthier.train.trackers import Trackers
+
+log = logging.getLogger("luthier")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to.
+
+    Attributes:
+        finished: false if a signal ended it before its last step.
+        state: where it stands. summary: the figures of the model card.
+    """
+
+    output_dir: Path
+    finished: bool
+    state: State
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+def command(
+    config: Annotated[Path, typer.Argument(help="The run's YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value or --key value, for any key.")] = None,
+) -> None:
+    """Train a model as a config says."""
+    train(Config.load(config, overrides or []))
+
+
+def train(config: Config) -> RunResult:
+    """Run a config to its end, or go on with its run; everything it makes is in its `output_dir`.
+
+    Raises:
+        LuthierError: anything that the user can mend, before the first step wherever possible.
+    """
+    began = time.perf_counter()
+    folder, resume_from = open_folder(config)
+    trackers = Trackers(config.logging, folder, config.flat())
+    device = choose_device(config.model.device_map)
+    dtype = choose_dtype(config, device)
+    set_matmul_precision(config, device)
+    torch.manual_seed(config.training.seed)
+
+    tokenizer = load_tokenizer(config)
+    data = prepare(config, tokenizer)
+    for line in data.report.lines():
+        log.info("%s", line)
+    model, dropout = build_model(config, tokenizer, device, dtype)
+    policy = build_policy(model, dropout, config.data.sequence_len)
+    masters = Masters(model)
+    optimizer = build_optimizer(masters, config.training)
+
+    loader = _loader(config, data.train, alone=not policy.flat)
+    total_steps = config.training.max_steps or math.ceil(config.training.num_epochs * loader.steps_per_epoch)
+    _say_steps(config, loader, total_steps, device, dtype)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    job = _job(config, data, masters, loader)
+    state = State()
+    if resume_from is not None:
+        state = _resume(resume_from, job, masters, optimizer, scaler)
+    write_text_atomic(folder / CONFIG, config.to_yaml())
+    write_environment(folder, {"data": data.report.describe(), "device": str(device), "dtype": str(dtype)[6:]})
+
+    write_model = partial(_write_model, model=model, masters=masters, tokenizer=tokenizer, config=config)
+    checkpoints = Checkpoints(folder, write_model, limit=config.output.save_total_limit, job=job)
+    evaluate, sample = _evaluators(config, data, policy, model, tokenizer, device)
+    with (
+        Interrupt() as interrupt,
+        Recorder(folder, total_steps, from_step=state.step, sinks=[trackers.log]) as recorder,
+    ):
+        if state.step < total_steps:
+            log.info("%.1f seconds to the first step", time.perf_counter() - began)
+        state = fit(
+            policy, sft, loader, masters, optimizer,
+            learning_rate=schedule(config.training, total_steps),
+            clip=partial(clip_gradients, max_norm=config.training.max_grad_norm),
+            scaler=scaler,
+            plan=_plan(config, loader, total_steps, evaluates=evaluate is not None, samples=sample is not None),
+            state=state, recorder=recorder, checkpoints=checkpoints, evaluate=evaluate, sample=sample,
+            interrupted=interrupt, device=device, peak_memory=partial(peak_memory_gib, device),
+        )
+        if interrupt() and state.step < total_steps:
+            assert interrupt.signal is not None
+            recorder.say(
+                f"stopped by {interrupt.signal.name} after step {state.step} of {total_steps}; saved. "
+                f"Go on with the same command and --resume_from_checkpoint auto"
+            )
+            trackers.finish()
+            return RunResult(folder, False, state)
+    return _finish(config, folder, state, checkpoints, masters, trackers, recorder, tokenizer, data)
+
+
+def _finish(
+    config: Config, folder: Path, state: State, checkpoints: Checkpoints, masters: Masters, trackers: Trackers,
+    recorder: Recorder, tokenizer: PreTrainedTokenizerBase, data: PreparedData,
+) -> RunResult:
+    """The result at the top of the run folder: adapter or model, tokenizer, card, plot."""
+    kept = state.step
+    if config.output.load_best_model_at_end and state.best_step is not None and state.best_step != state.step:
+        kept = state.best_step
+        masters.load(checkpoint.read_masters(folder / f"checkpoint-{kept}"))
+        recorder.say(f"the model of step {kept} is kept: it had the lowest eval loss ({state.best_loss:.4f})")
+    summary = {
+        "steps": state.step,
+        "kept_step": kept,
+        "tokens": state.tokens,
+        "trained_tokens": state.trained_tokens,
+        "seconds": state.seconds,
+        "examples": len(data.train),
+        "best_eval_loss": state.best_loss,
+        "best_step": state.best_step,
+        "overfitting_since": overfitting_since(state),
+        "final_loss": _last_loss(folder),
+    }
+    try:
+        checkpoints.write_model(folder)
+        write_model_card(folder, config, summary)
+        plot_losses(folder)
+    except OSError as error:
+        last = checkpoint.latest(folder)
+        raise RunError(f"{folder}: the result cannot be written: {error}; it is whole in {last}") from error
+    trackers.finish()
+    what = "adapter" if config.adapter.adapter else "model"
+    recorder.say(f"done: {state.step} steps, {state.trained_tokens:,} trained tokens; the {what} is in {folder}")
+    return RunResult(folder, True, state, summary)
+
+
+def _loader(config: Config, dataset: TokenDataset, *, alone: bool) -> StepLoader:
+    training, data = config.training, config.data
+    rows_per_step = training.micro_batch_size * training.gradient_accumulation_steps
+    # Never more tokens at once than a padded micro batch of full rows would hold.
+    budget = training.max_tokens_per_pass or training.micro_batch_size * data.sequence_len
+    loader = StepLoader(
+        dataset, rows_per_step=rows_per_step, tokens_per_pass=budget, seed=training.seed, shuffle=data.shuffle,
+        packed_len=data.sequence_len if data.sample_packing else None, alone=alone,
+    )
+    if loader.fill is not None:
+        log.info("packed into rows of %d tokens, %.1f%% full", data.sequence_len, 100 * loader.fill)
+    return loader
+
+
+def _say_steps(config: Config, loader: StepLoader, total: int, device: torch.device, dtype: torch.dtype) -> None:
+    training = config.training
+    unit = "packed rows" if config.data.sample_packing else "examples"
+    log.info(
+        "%d steps of %d %s (micro_batch_size %d x gradient_accumulation_steps %d x 1 process), %d steps an epoch, "
+        "%s on %s", total, loader.rows_per_step, unit, training.micro_batch_size,
+        training.gradient_accumulation_steps, loader.steps_per_epoch, str(dtype)[6:], device,
+    )
+
+
+def _plan(config: Config, loader: StepLoader, total: int, *, evaluates: bool, samples: bool) -> Plan:
+    evaluation, output = config.evaluation, config.output
+    return Plan(
+        total_steps=total,
+        log=_every(config.logging.logging_steps, None, loader.steps_per_epoch, total),
+        evaluate=_every(evaluation.eval_steps, evaluation.evals_per_epoch, loader.steps_per_epoch, total)
+        if evaluates or samples else lambda step: False,
+        save=_every(output.save_steps, output.saves_per_epoch, loader.steps_per_epoch, total),
+        save_best=output.load_best_model_at_end,
+        patience=evaluation.early_stopping_patience,
+    )
+
+
+def _every(
+    steps: int | float | None, per_epoch: int | None, steps_per_epoch: int, total: int
+) -> Callable[[int], bool]:
+    """Which steps (counted from 1) something happens after: a number or fraction of steps, or a number of times
+    per epoch; once an epoch, and at the end, if neither is set."""
+    if steps is not None:
+        interval = max(1, math.ceil(total * steps)) if steps < 1 else int(steps)
+        return lambda step: step % interval == 0
+    times = 1 if per_epoch is None else per_epoch
+
+    def due(step: int) -> bool:
+        return step * times // steps_per_epoch > (step - 1) * times // steps_per_epoch or (times > 0 and step == total)
+
+    return due
+
+
+def _evaluators(
+    config: Config, data: PreparedData, policy: Policy, model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase, device: torch.device,
+) -> tuple[Callable[[int], dict[str, float]] | None, Callable[[int], list[dict[str, Any]]] | None]:
+    """What is asked at every evaluation: the loss over the validation set, and samples."""
+    section = config.evaluation
+    evaluate = sample = None
+    if data.validation is not None:
+        rows = section.eval_batch_size or config.training.micro_batch_size
+        validation, budget = data.validation, rows * config.data.sequence_len
+
+        def evaluate(step: int) -> dict[str, float]:
+            return evaluate_loss(
+                policy, validation, tokens_per_pass=budget, alone=not policy.flat, device=device
+            )
+
+    prompts: list[tuple[Any, ...]] = []
+    if section.generate_samples:
+        entry = config.data.datasets[0]
+        renderer = Renderer(tokenizer, config)
+        for text in section.sample_prompts:
+            prompts.append((text, renderer.prompt_ids(prompt_example(entry, text), entry)))
+        if data.validation is not None and (section.num_generation_samples or not prompts):
+            prompts += validation_prompts(data.validation, tokenizer, section.num_generation_samples or 3)
+        sampler = Sampler(prompts, Sampling.from_config(section))
+        engine = Engine(model, tokenizer, terminator_ids(tokenizer, config))
+
+        def sample(step: int) -> list[dict[str, Any]]:
+            return sampler.rows(engine, step)
+
+    return evaluate, sample
+
+
+def _write_model(
+    folder: Path, *, model: PreTrainedModel, masters: Masters, tokenizer: PreTrainedTokenizerBase, config: Config
+) -> None:
+    """The adapter or the whole model, with tokenizer and chat template, as other tools load them."""
+    masters.publish()
+    if config.adapter.adapter:
+        save_adapter(
+            model, folder, base_model=config.model.base_model, revision=config.model.revision,
+            adapter=adapter_of(config),
+        )
+    else:
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _job(config: Config, data: PreparedData, masters: Masters, loader: StepLoader) -> dict[str, Any]:
+    """What a checkpoint must agree on with the run that goes on from it."""
+    return {
+        "base_model": config.model.base_model,
+        "data": data.fingerprint,
+        "rows_per_step": loader.rows_per_step,
+        "seed": config.training.seed,
+        "optimizer": config.training.optimizer,
+        "parameters": {name: list(master.shape) for name, master in masters.masters.items()},
+    }
+
+
+def _resume(
+    path: Path, job: dict[str, Any], masters: Masters, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> State:
+    state, before = checkpoint.read_state(path)
+    changed = [name for name in job if job[name] != before.get(name)]
+    if changed:
+        says = ", ".join(
+            f"{name} (was {before.get(name)}, is {job[name]})" if name not in ("data", "parameters") else name
+            for name in changed
+        )
+        raise RunError(f"{path}: this checkpoint belongs to another run; what differs: {says}")
+    masters.load(checkpoint.read_masters(path))
+    checkpoint.restore_optimizer(path, masters.masters, optimizer)
+    if state.loss_scale:
+        scaler.load_state_dict(state.loss_scale)
+    log.info("going on from %s", path)
+    return state
+
+
+def _last_loss(folder: Path) -> float | None:
+    last = None
+    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        last = row.get("loss", last)
+    return last

@@ -1,0 +1,343 @@
+"""Which characters of a rendered conversation the model has to write itself.
+
+A template gives no account of where a message went: it trims, adds headers, drops the reasoning of earlier turns.
+But it can be asked again. A trained answer begins where the same conversation, cut off before it, ends with a
+generation header, and it ends with the token that ends its turn; both are found by rendering parts of the
+conversation, or by putting something else in a message's place and comparing with the full text.
+
+That takes two or three renders for every turn. The quick way takes one for all of them: it puts a mark that no text
+holds at each end of every content, renders once, and checks that without the marks it is the same text. Then what
+stands around an answer is compared with what the template is known to put there (`chat.Habits`); wherever
+something does not fit, the slow way decides. Where neither finds a turn, the row is an error: a wrong mask is worse
+than none.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from luthier.data.chat import ChatTemplate, Message, Span, Tools
+from luthier.errors import DataError
+
+log = logging.getLogger("luthier")
+
+# Two characters of a private plane for each message: its content's beginning and end.
+_FIRST_MARK = 0xF0000
+_LAST_MARK = 0xFFFFD
+_ANY_MARK = re.compile(f"[{chr(_FIRST_MARK)}-{chr(_LAST_MARK)}]")
+_STAND_IN = chr(0x10FFFD) + "luthier" + chr(0x10FFFC)
+_COMPARED_ROWS = 8
+
+
+@dataclass(slots=True, frozen=True)
+class Turn:
+    """A turn's characters: `start:end` without its terminator, which may be missing."""
+
+    start: int
+    end: int
+    terminator: Span | None
+
+
+class TurnFinder:
+    """Finds turns in the conversations of one template."""
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self._template = template
+        self._quick_is_right = True
+        self._compared = 0
+
+    def find(
+        self, messages: Sequence[Message], tools: Tools, full: str, wanted: Sequence[int]
+    ) -> dict[int, Turn]:
+        """The wanted messages' turns in `full`, which is the render of all messages.
+
+        Raises:
+            DataError: a turn cannot be told from what surrounds it.
+        """
+        found: dict[int, Turn] = {}
+        if self._quick_is_right and wanted:
+            quick = _Quick(self._template, messages, tools, full)
+            found = {at: turn for at in wanted if (turn := quick.turn(at)) is not None}
+        missing = [at for at in wanted if at not in found]
+        slow = _Slow(self._template, messages, tools, full)
+        if found and self._compared < _COMPARED_ROWS:
+            self._compare(found, slow)
+        if not self._quick_is_right:
+            missing = list(wanted)
+        for at in missing:
+            found[at] = slow.turn(at)
+        return found
+
+    def _compare(self, found: dict[int, Turn], slow: _Slow) -> None:
+        """Hold the quick way's turns against the slow one's, on the first rows of a dataset."""
+        self._compared += 1
+        for at, turn in found.items():
+            try:
+                exact = slow.turn(at)
+            except DataError:
+                continue
+            if exact != turn:
+                self._quick_is_right = False
+                log.info(
+                    "the chat template treats turns unevenly: each one is searched for by itself, which is slower"
+                )
+                return
+
+
+class _Quick:
+    """Turns by marks around contents: one render for the whole conversation."""
+
+    def __init__(self, template: ChatTemplate, messages: Sequence[Message], tools: Tools, full: str) -> None:
+        self._template = template
+        self._messages = messages
+        self._full = full
+        self._at = self._positions(tools)
+
+    def turn(self, index: int) -> Turn | None:
+        if self._messages[index].get("role") == "assistant":
+            return self._answer(index)
+        return self._other(index)
+
+    def _answer(self, index: int) -> Turn | None:
+        start = self._start(index)
+        if start is None:
+            return None
+        message = self._messages[index]
+        content_end = self._at.get(2 * index + 1)
+        if message.get("tool_calls"):
+            limit = self._limit(index)
+            matches = (
+                list(self._template.ends.finditer(self._full, start, limit)) if limit is not None else []
+            )
+            if not matches or (content_end is not None and matches[-1].start() < content_end):
+                return None
+            return Turn(start, matches[-1].start(), matches[-1].span())
+        if content_end is None or content_end < start:
+            return None
+        for kept in _both_ways(_trailing(message)):
+            for ending in sorted(self._template.habits.endings, key=len, reverse=True):
+                if self._full.startswith(kept + ending, content_end):
+                    end = content_end + len(kept + ending)
+                    last = self._last_token(ending)
+                    return Turn(start, end - len(last), (end - len(last), end)) if last else None
+        return None
+
+    def _last_token(self, ending: str) -> str:
+        matches = list(self._template.ends.finditer(ending))
+        return matches[-1].group() if matches and matches[-1].end() == len(ending) else ""
+
+    def _start(self, index: int) -> int | None:
+        """The end of the generation header, told by what stands behind the message before."""
+        if index == 0:
+            return None
+        before = self._messages[index - 1]
+        at = self._at.get(2 * index - 1)
+        habits = self._template.habits
+        opening, gap = habits.openings.get(str(before.get("role"))), habits.gaps.get(str(before.get("role")))
+        if at is None or opening is None or before.get("tool_calls"):
+            return None
+        for kept in _both_ways(_trailing(before)):
+            if self._full.startswith(kept + opening, at):
+                return at + len(kept + opening)
+        if gap is not None and (header := opening[len(gap) :]):
+            for kept in _both_ways(_trailing(before)):
+                place = at + len(kept + gap)
+                if self._full.startswith(kept + gap, at) and (same := _same(self._full[place:], header)):
+                    return place + same
+        return None
+
+    def _other(self, index: int) -> Turn | None:
+        """Turns of other roles: their content, and a terminator that stands behind it before the next content."""
+        start, end, limit = self._at.get(2 * index), self._at.get(2 * index + 1), self._limit(index)
+        if start is None or end is None or limit is None or end < start:
+            return None
+        if (text := _text_of(self._messages[index])) != text.strip():
+            return None  # whether these spaces are the content's or the template's cannot be told from here
+        match = self._template.ends.search(self._full, end, limit)
+        return Turn(start, match.start() if match else end, match.span() if match else None)
+
+    def _limit(self, index: int) -> int | None:
+        """A place behind this turn and before the next one's content."""
+        if index + 1 == len(self._messages):
+            return len(self._full)
+        return self._at.get(2 * index + 2)
+
+    def _positions(self, tools: Tools) -> dict[int, int]:
+        """Places of the marks in the text; none at all if the marks changed anything."""
+        if len(self._messages) * 2 > _LAST_MARK - _FIRST_MARK or _ANY_MARK.search(self._full):
+            return {}
+        marked_messages = [_marked(message, 2 * at) for at, message in enumerate(self._messages)]
+        try:
+            marked = self._template.text(marked_messages, tools)
+        except DataError:
+            return {}
+        found: dict[int, int] = {}
+        seen_twice: set[int] = set()
+        for count, match in enumerate(_ANY_MARK.finditer(marked)):
+            number = ord(match.group()) - _FIRST_MARK
+            if number in found:
+                seen_twice.add(number)
+            found[number] = match.start() - count
+        if _ANY_MARK.sub("", marked) != self._full:
+            return {}
+        return {number: place for number, place in found.items() if number not in seen_twice}
+
+
+class _Slow:
+    """Turns one by one, by rendering parts of the conversation and by replacing contents."""
+
+    def __init__(self, template: ChatTemplate, messages: Sequence[Message], tools: Tools, full: str) -> None:
+        self._template = template
+        self._messages = list(messages)
+        self._tools = tools
+        self._full = full
+
+    def turn(self, index: int) -> Turn:
+        if self._messages[index].get("role") == "assistant":
+            return self._answer(index)
+        start, end = self._region(index)
+        content = _text_of(self._messages[index])
+        if self._full[start:end].strip() not in content:
+            raise self._lost(index)
+        limit = self._region(index + 1)[0] if index + 1 < len(self._messages) else len(self._full)
+        match = self._template.ends.search(self._full, end, limit)
+        return Turn(start, match.start() if match else end, match.span() if match else None)
+
+    def _answer(self, index: int) -> Turn:
+        message = self._messages[index]
+        start, limit = self._start(index), self._limit(index)
+        search_from = start
+        if self._template.ends.search(_text_of(message)):
+            search_from = max(start, self._region(index)[1])  # an end inside the content is not the turn's
+        matches = list(self._template.ends.finditer(self._full, search_from, limit))
+        if matches:
+            return Turn(start, matches[-1].start(), matches[-1].span())
+        if message.get("tool_calls"):
+            raise self._lost(index)
+        end = self._region(index)[1]
+        if not start <= end <= limit:
+            raise self._lost(index)
+        if index + 1 < len(self._messages) and self._template.eot_tokens:
+            # The user knows of a token that ends turns and that the template counts with the next message (GLM 4).
+            behind = self._template.ends.search(self._full, end, self._region(index + 1)[0])
+            if behind is not None and behind.group() in self._template.eot_tokens:
+                return Turn(start, behind.start(), behind.span())
+        return Turn(start, end, None)
+
+    def _start(self, index: int) -> int:
+        opened = self._cut(index, header=True)
+        if opened is not None and self._full.startswith(opened):
+            return len(opened)
+        closed = self._cut(index, header=False)
+        if closed is not None and self._full.startswith(closed):
+            header = opened[len(closed) :] if opened is not None and opened.startswith(closed) else ""
+            same = _same(self._full[len(closed) :], header)
+            if same:
+                return len(closed) + same
+        # Earlier turns read otherwise in the cut conversation: look for the header between the two contents.
+        after = self._region(index - 1)[1] if index else 0
+        before = self._region(index)[0] if not self._messages[index].get("tool_calls") else len(self._full)
+        between = self._full[after : max(before, after)]
+        header = self._template.habits.header
+        first_token = self._template.added_tokens.search(header)
+        # At least the header's first token has to be there; the rest may be missing, as an empty think block is.
+        for length in range(len(header), first_token.end() - 1 if first_token else len(header) - 1, -1):
+            if length and (place := between.find(header[:length])) >= 0:
+                return after + place + length
+        raise self._lost(index)
+
+    def _limit(self, index: int) -> int:
+        """The end of the turn's block, or a place behind it and before the next content."""
+        if index + 1 == len(self._messages):
+            return len(self._full)
+        block = self._cut(index + 1, header=False)
+        if block is not None and self._full.startswith(block):
+            return len(block)
+        return self._region(index + 1)[0]
+
+    def _cut(self, count: int, header: bool) -> str | None:
+        if count == 0:
+            return None
+        try:
+            return self._template.text(self._messages[:count], self._tools, header)
+        except DataError:
+            return None
+
+    def _region(self, index: int) -> Span:
+        """Where the text changes if a message says something else."""
+        if _STAND_IN[0] in self._full:
+            raise self._lost(index)
+        changed = [dict(message) for message in self._messages]
+        changed[index]["content"] = _STAND_IN
+        try:
+            other = self._template.text(changed, self._tools)
+        except DataError:
+            raise self._lost(index) from None
+        if _STAND_IN not in other:
+            raise self._lost(index)
+        start = _same(self._full, other)
+        most = min(len(self._full), len(other)) - start
+        behind = _same(self._full[::-1][:most], other[::-1][:most])
+        return start, len(self._full) - behind
+
+    def _lost(self, index: int) -> DataError:
+        role = self._messages[index].get("role")
+        return DataError(
+            f"message {index + 1} ({role}): the chat template rewrites the conversation so that this turn cannot be found "
+            "in its text; mark what the model writes with {% generation %} in the template, or use another chat_template"
+        )
+
+
+def _same(first: str, second: str) -> int:
+    """Number of characters with which both begin, by halving: most of the work is a comparison of long slices."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _both_ways(spaces: str) -> tuple[str, ...]:
+    """A template keeps the spaces at a content's end, or trims them."""
+    return (spaces, "") if spaces else ("",)
+
+
+def _text_of(message: Message) -> str:
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
+    return ""
+
+
+def _trailing(message: Message) -> str:
+    text = _text_of(message)
+    return text[len(text.rstrip()) :]
+
+
+def _marked(message: Message, number: int) -> Message:
+    """A copy with marks inside the outer spaces of its content, which templates may trim."""
+    content = message.get("content")
+    first, last = chr(_FIRST_MARK + number), chr(_FIRST_MARK + number + 1)
+    if isinstance(content, str) and (core := content.strip()):
+        return {**message, "content": content.replace(core, first + core + last, 1)}
+    texts = [at for at, part in enumerate(content) if _is_text(part)] if isinstance(content, list) else []
+    if not texts:
+        return message
+    parts = [dict(part) if isinstance(part, dict) else part for part in content]
+    core = parts[texts[0]]["text"].lstrip()
+    parts[texts[0]]["text"] = parts[texts[0]]["text"][: -len(core)] + first + core
+    core = parts[texts[-1]]["text"].rstrip()
+    parts[texts[-1]]["text"] = core + last + parts[texts[-1]]["text"][len(core) :]
+    return {**message, "content": parts}
+
+
+def _is_text(part: object) -> bool:
+    return isinstance(part, dict) and isinstance(part.get("text"), str) and bool(part["text"].strip())

@@ -1,0 +1,197 @@
+"""Loading a tokenizer as a config wants it, and the tokens at which generation stops.
+
+Whatever a config changes (special tokens, further tokens, the chat template) is set on the tokenizer itself, so that
+it is saved with the adapter and every other program that loads the folder sees the same.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier.config import Config
+from luthier.data import templates
+from luthier.data.chat import ChatTemplate
+from luthier.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger("luthier")
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
+
+
+def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """The tokenizer of a config, with its tokens and chat template set.
+
+    Raises:
+        ModelError: not found, gated, unreadable, or without an EOS token.
+        ConfigError: no such tokenizer class or template, or a dataset of conversations without any template.
+    """
+    tokenizer = _load(config)
+    _set_tokens(tokenizer, config)
+    source = config.model.tokenizer_config or config.model.base_model
+    if tokenizer.eos_token_id is None:
+        added = sorted(tokenizer.get_added_vocab(), key=tokenizer.get_added_vocab().__getitem__)
+        hint = f" Tokens of this tokenizer that may be meant: {', '.join(added[:12])}." if added else ""
+        raise ModelError(
+            f"the tokenizer of {source} has no EOS token, so no answer could end. Name it with special_tokens: "
+            f"{{eos_token: ...}}.{hint}"
+        )
+    _set_template(tokenizer, config)
+    for token in config.data.eot_tokens or ():
+        _single_token(tokenizer, token)
+    return tokenizer
+
+
+def terminator_ids(tokenizer: PreTrainedTokenizerBase, config: Config) -> tuple[int, ...]:
+    """Ids at which generation stops: EOS, what ends an answer in the chat template, and `eot_tokens`."""
+    found = [tokenizer.eos_token_id]
+    eot_tokens = config.data.eot_tokens or ()
+    if tokenizer.chat_template:
+        overrides = {entry.chat_template for entry in config.data.datasets if is_chat(entry.type)} or {None}
+        for choice in sorted(overrides, key=str):
+            override = templates.chosen(choice, None, None)
+            template = ChatTemplate(
+                tokenizer,
+                override if isinstance(override, str) else None,
+                config.data.chat_template_kwargs,
+                eot_tokens,
+            )
+            found += [_single_token(tokenizer, token) for token in template.habits.last_terminators]
+    found += [_single_token(tokenizer, token) for token in eot_tokens]
+    return tuple(dict.fromkeys(number for number in found if number is not None))
+
+
+def is_chat(kind: Any) -> bool:
+    """Whether a dataset entry's `type` needs a chat template."""
+    return isinstance(kind, str) and kind.startswith("chat_template")
+
+
+def _load(config: Config) -> PreTrainedTokenizerBase:
+    import transformers
+
+    model = config.model
+    source = model.tokenizer_config or model.base_model
+    loader = getattr(transformers, model.tokenizer_type, None)
+    if loader is None:
+        raise ConfigError(
+            f"tokenizer_type: transformers {transformers.__version__} has no class {model.tokenizer_type!r}"
+        )
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+            raise ModelError(
+                f"{source} holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); name another place with "
+                "tokenizer_config"
+            )
+    elif folder.exists() or source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise ModelError(f"cannot load the tokenizer: {source} {what}")
+    try:
+        return loader.from_pretrained(
+            str(folder) if folder.is_dir() else source,
+            revision=model.revision if model.tokenizer_config is None else None,
+            trust_remote_code=model.trust_remote_code,
+        )
+    except Exception as error:  # tokenizers raises bare Exception for a broken tokenizer.json
+        raise _load_error(source, error) from error
+
+
+def _load_error(source: str, error: Exception) -> ModelError:
+    """One message for the many ways in which a tokenizer cannot be loaded."""
+    text = " ".join(str(error).split())
+    lowered = text.lower()
+    if "gated" in lowered or "401" in text or "403" in text:
+        hint = (
+            "it is gated or private: accept its licence on the hub, then set HF_TOKEN or run `hf auth login`"
+        )
+    elif "trust_remote_code" in lowered:
+        hint = "it needs Python code of its own: read that code, then set trust_remote_code: true"
+    elif "couldn't connect" in lowered or "offline" in lowered or "connection" in lowered:
+        hint = "it is not on this machine, and the hub cannot be reached; check the path or the network"
+    elif "not a valid model identifier" in lowered or "404" in text or "repo id must" in lowered:
+        hint = (
+            "there is no such folder here and no such name on the hub; check base_model and tokenizer_config"
+        )
+    elif "couldn't instantiate the backend tokenizer" in lowered:
+        hint = "its files are not a tokenizer that transformers knows; name another with tokenizer_config"
+    else:
+        hint = f"{type(error).__name__}: {text[:300]}"
+    return ModelError(f"cannot load the tokenizer {source!r}: {hint}")
+
+
+def _set_tokens(tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
+    special = config.model.special_tokens
+    before = len(tokenizer)
+    named = {
+        name: value
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+        if (value := getattr(special, name)) is not None
+    }
+    if named:
+        tokenizer.add_special_tokens(named)
+    if special.additional_special_tokens:
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": list(special.additional_special_tokens)},
+            replace_extra_special_tokens=False,
+        )
+    if config.model.tokens:
+        tokenizer.add_tokens(list(config.model.tokens))
+    if "bos_token" in named or "eos_token" in named:
+        _renew_openings(tokenizer)
+    if (new := len(tokenizer) - before) > 0:
+        names = tokenizer.convert_ids_to_tokens(list(range(before, len(tokenizer))))
+        log.info(
+            "%d token%s added to the vocabulary: %s",
+            new,
+            "s" if new > 1 else "",
+            ", ".join(map(str, names[:8])),
+        )
+
+
+def _renew_openings(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A tokenizer that puts BOS before a text has to put the new one there."""
+    renew = getattr(tokenizer, "update_post_processor", None)
+    if renew is not None and (
+        getattr(tokenizer, "add_bos_token", False) or getattr(tokenizer, "add_eos_token", False)
+    ):
+        renew()
+
+
+def _set_template(tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
+    data = config.data
+    chosen = templates.chosen(data.chat_template, data.chat_template_jinja, tokenizer.chat_template)
+    entries = [entry for entry in (*data.datasets, *data.test_datasets) if is_chat(entry.type)]
+    if data.chat_template is None and data.chat_template_jinja is None and entries:
+        # The entries agree on a template of their own: then it is this one that has to be saved with the model.
+        of_entries = {entry.chat_template for entry in entries}
+        if len(of_entries) == 1 and (only := of_entries.pop()) is not None:
+            chosen = templates.chosen(only, None, tokenizer.chat_template)
+    tokenizer.chat_template = chosen
+    if chosen is None and any(entry.chat_template in (None, "tokenizer_default") for entry in entries):
+        source = config.model.tokenizer_config or config.model.base_model
+        raise ConfigError(
+            f"a dataset of type chat_template needs a chat template, and the tokenizer of {source} brings none. Set "
+            f"chat_template to one of {', '.join(templates.names())}, or to the path of a .jinja file."
+        )
+
+
+def _single_token(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    ids = tokenizer(token, add_special_tokens=False)["input_ids"]
+    known = tokenizer.convert_tokens_to_ids(token)
+    if isinstance(known, int) and known != tokenizer.unk_token_id and list(ids) == [known]:
+        return known
+    raise ConfigError(
+        f"eot_tokens: {token!r} is not one token of this tokenizer but {len(ids)}. Add it with `tokens: [{token!r}]` (its "
+        "embedding has to be trained then), or name the token that ends a turn in this model's template."
+    )

@@ -82,7 +82,7 @@ def as_text(report: dict[str, Any]) -> str:
             f"{device['free_gib']:.1f} of {device['memory_gib']:.1f} GiB free" if device["memory_gib"] else ""
         )
         lines.append(f"  {device['device']:<8} {device['name']}{', ' if memory else ''}{memory}")
-        lines.append(f"  {'':<8} matrix multiply, TFLOP/s: {_speeds(device['tflops'])}")
+        lines.append(f"  {'':<8} matrix multiply: {_speeds(device['tflops'])}")
         lines.append(f"  {'':<8} `bf16: auto` computes in {device['auto_dtype']}")
     lines += ["", "Optional packages"]
     for name, found in report["optional"].items():
@@ -105,8 +105,9 @@ def _speeds(tflops: dict[str, float | None]) -> str:
             parts.append(f"{name} not supported")
             continue
         base = tflops["fp32"] or speed
-        slower = f" ({base / speed:.0f} times slower than fp32)" if speed < 0.6 * base else ""
-        parts.append(f"{name} {speed:.3g}{slower}")
+        slower = f" ({base / speed:.0f} times slower)" if speed < 0.6 * base else ""
+        shown = f"{speed:.0f} TFLOP/s" if speed >= 1 else f"{1000 * speed:.2g} GFLOP/s"
+        parts.append(f"{name} {shown}{slower}")
     return ", ".join(parts)
 
 
@@ -187,7 +188,8 @@ def _about(device: torch.device) -> tuple[str, float, float]:
     free = page * os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in names else 0
     if device.type == "mps":
         return "Apple GPU, memory shared with the CPU", total / 2**30, free / 2**30
-    return f"{_cpu_name()}, {torch.get_num_threads()} threads", total / 2**30, free / 2**30
+    threads = torch.get_num_threads()
+    return f"{_cpu_name()}, {threads} thread{'s' * (threads > 1)}", total / 2**30, free / 2**30
 
 
 def _cpu_name() -> str:
@@ -214,9 +216,7 @@ def measure_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
             x_TD = torch.ones(size, size, dtype=dtype, device=device)
             weight_VD = torch.ones(size, size, dtype=dtype, device=device)
             _three_products(x_TD, weight_VD)  # first call: libraries load and choose
-            began = time.perf_counter()
-            _three_products(x_TD, weight_VD)
-            seconds = time.perf_counter() - began
+            seconds = min(_seconds(x_TD, weight_VD) for _ in range(3))
         except (RuntimeError, TypeError):
             return speed
         speed = 3 * 2 * size**3 / seconds / 1e12
@@ -224,6 +224,12 @@ def measure_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
             break
         size *= 2
     return speed
+
+
+def _seconds(x_TD: torch.Tensor, weight_VD: torch.Tensor) -> float:
+    began = time.perf_counter()
+    _three_products(x_TD, weight_VD)
+    return time.perf_counter() - began
 
 
 def _three_products(x_TD: torch.Tensor, weight_VD: torch.Tensor) -> None:

@@ -9,6 +9,7 @@ derived.
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -102,7 +103,7 @@ class Config(Sections):
         def report(path: Path_, message: str) -> None:
             problems.append(Problem(where(path), message))
 
-        clean: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+        clean: defaultdict[str, dict[str, Any]] = defaultdict(dict)
         for key, value in source.values.items():
             if key not in FIELDS:
                 report((key,), unknown_key(key, value))
@@ -118,7 +119,7 @@ class Config(Sections):
             report((), f"{key} is missing: {summary(FIELDS[key])}")
             clean[SECTION_OF[key]][key] = _STAND_INS[key]
 
-        config = cls.model_validate({name: SECTIONS[name](**values) for name, values in clean.items()})
+        config = cls.model_validate({name: section(**clean[name]) for name, section in SECTIONS.items()})
         for problem in rules.contradictions(config.flat(), written):
             report((problem.key,), problem.message)
         raise_problems(source.name, problems)

@@ -101,14 +101,15 @@ def markdown() -> str:
 _PREFACE = """\
 # Config reference
 
-<!-- Made by `python -m luthier.config.reference > docs/reference/config.md`; a test keeps it up to date. -->
+<!-- Made by `python -m luthier.config.reference > docs/reference/config.md`; a test compares. -->
 
 A config is a YAML file with the keys below. Each can be overridden on the command line, as `key=value` or
-`--key value`; `datasets.0.path=data.jsonl` reaches inside. A key that is left out or `null` has its default. Unknown
-keys, values of another type and keys that contradict each other are errors, all reported at once with file and line.
+`--key value`; `datasets.0.path=data.jsonl` reaches inside. A key that is left out or `null` has its default.
+Unknown keys, values of another type and keys that contradict each other are errors, all reported at once with
+file and line.
 
-`luthier validate CONFIG` shows every value and where it came from; `luthier config-schema` prints a JSON Schema for
-editors.
+`luthier validate CONFIG` shows every value and where it came from; `luthier config-schema` prints a JSON Schema
+for editors.
 """
 
 

@@ -66,12 +66,12 @@ NEEDS: tuple[Need, ...] = (
     Need(
         ("unfrozen_parameters", "train_last_n_layers", "freeze_embeddings"),
         lambda c: c["adapter"] is None,
-        "{key} is for training without an adapter, which freezes all other weights: leave out {key} or adapter.",
+        "{key} is for training without an adapter, which freezes the model: leave out {key} or adapter.",
     ),
     Need(
         ("eval_steps", "evals_per_epoch"),
         _evaluates,
-        "there is nothing to evaluate: set val_set_size, test_datasets or sample_prompts, or leave {key} out.",
+        "nothing is evaluated: set val_set_size, test_datasets or sample_prompts, or leave {key} out.",
     ),
     Need(
         ("eval_batch_size", "early_stopping_patience", "load_best_model_at_end", "num_generation_samples"),
@@ -188,7 +188,7 @@ def _patterns(c: Flat) -> Iterator[Contradiction]:
         if re.search(r"\[\d*:\d*\]\s*$", pattern):
             yield Contradiction(
                 "unfrozen_parameters",
-                f"unfrozen_parameters: {pattern!r} asks for a range of rows; only whole parameters can be trained.",
+                f"unfrozen_parameters: {pattern!r} asks for a range of rows; a parameter is trained whole.",
             )
         elif problem := _regex_problem(pattern):
             yield Contradiction("unfrozen_parameters", f"unfrozen_parameters: {pattern!r} {problem}")

@@ -1,10 +1,11 @@
 """Generation over any number of prompts: one loop for a single text, a batch, and a stream.
 
-The loop keeps transformers' own cache and logits processors and is otherwise as bare as it can be, because on small
-models the time between two forward passes counts. Prompts are sorted by length and put together with others of
-(nearly) the same length, as many as fit a budget of cached tokens; a batch of equal lengths has no padding and no mask.
-Unequal ones are padded on the left, masked, and given their own positions. A row that has ended leaves the batch
-once enough have. Under greedy decoding every row gets the ids that `model.generate` gives it alone.
+The loop keeps transformers' own cache and logits processors and is otherwise as bare as it can be, because on
+small models the time between two forward passes counts. Prompts are sorted by length and put together with
+others of (nearly) the same length, as many as fit a budget of cached tokens. What all of a batch begin with,
+a template or a system prompt, is computed once. A batch of equal lengths has no padding and no mask; unequal
+ones are padded before the part that differs, masked, and given their own positions. Rows that have ended
+leave once they are enough. Under greedy decoding every row gets the ids that `model.generate` gives it alone.
 """
 
 import inspect
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
+from transformers.cache_utils import DynamicLayer
 
 from luthier.errors import DataError
 from luthier.generate.sampling import Chooser, Sampling, row_streams
@@ -26,13 +28,15 @@ MAX_CACHED_TOKENS = 16384  # over all rows of a batch: 2 GiB of keys and values 
 PADDING_SLACK = 32  # prompts of one batch differ by at most this many ids, or by a quarter of the longest
 LEAVE_AT = 0.75  # ended rows are dropped when this share or less still runs: each drop copies the cache
 
+SHARED_FROM = 8  # ids of a common beginning that are worth a forward pass of their own
+
 # Names under which a model gives and takes its cache; the first is that of nearly all.
 CACHE_NAMES = ("past_key_values", "cache_params", "state")
 
 
 @dataclass
 class Completion:
-    """One answer. `token_ids` hold the terminator or the tokens of a stop string that ended it; `text` does not."""
+    """One answer. `token_ids` hold the terminator or stop string that ended it, `text` does not."""
 
     prompt_ids: list[int]
     token_ids: list[int]
@@ -107,8 +111,10 @@ class Engine:
         parameters = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in parameters
         self._keep_last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
-        # A recurrent state has read its padding, whatever the mask says later.
-        self._recurrent = bool(getattr(model, "_is_stateful", False))
+        # A recurrent state has read its padding, whatever the mask says later; and where rotary angles depend
+        # on the length of the text, a long row in the batch would change them for a short one.
+        recurrent = bool(getattr(model, "_is_stateful", False))
+        self._unlike_apart = recurrent or _angles_depend_on_length(model.config)
 
     def generate(
         self,
@@ -134,7 +140,7 @@ class Engine:
         return [completions[index] for index in range(len(rows))]
 
     def stream(self, prompt_ids: Sequence[int], sampling: Sampling | None = None) -> TextDeltas:
-        """The text of one answer in pieces that never split a character; joined they are its completion's text."""
+        """One answer in pieces that never split a character; joined they are its completion's text."""
         sampling = sampling or Sampling()
         settings = sampling.resolve(self.model)
         rows = self._rows([prompt_ids], sampling, settings, follow=True)
@@ -187,9 +193,9 @@ class Engine:
         return Completion(row.prompt_ids, ids, text, "stop" if row.ended else "length")
 
     def _batches(self, rows: list[_Row], settings: GenerationConfig) -> Iterator[list[_Row]]:
-        """Rows of like length, the longest first: a batch too large for the memory fails at once, not at the end."""
+        """Rows of like length, the longest first: what is too large for the memory fails at once."""
         alone = Chooser(self.model, settings, sorted(self.terminators), width=1, device="cpu")
-        equal = self._recurrent or alone.reads_history or not self._takes_positions
+        equal = self._unlike_apart or alone.reads_history or not self._takes_positions
         batch: list[_Row] = []
         for row in sorted(rows, key=lambda row: -len(row.prompt_ids)):
             if batch:
@@ -203,22 +209,43 @@ class Engine:
         if batch:
             yield batch
 
+    def _shared_beginning(self, rows: Sequence[_Row], device: Any) -> tuple[int, dict[str, Any]]:
+        """How many ids all prompts begin with, and the cache of them for every row; (0, {}): not worth it.
+
+        A row keeps at least one id of its own, whose logits choose its first token.
+        """
+        prompts = [row.prompt_ids for row in rows]
+        first, last = min(prompts), max(prompts)  # as in a dictionary: what these two share, all share
+        shortest, longest = min(map(len, prompts)), max(map(len, prompts))
+        shared = next((n for n in range(shortest - 1) if first[n] != last[n]), shortest - 1)
+        if len(rows) == 1 or shared < SHARED_FROM or self._unlike_apart:
+            return 0, {}
+        ids = torch.tensor([first[:shared]], device=device)
+        cache = self.model(input_ids=ids, use_cache=True, **self._keep_last).get(CACHE_NAMES[0])
+        layers = getattr(cache, "layers", [])
+        # A sliding window counts places in the cache: padding after the beginning would shorten it.
+        if not layers or (shortest < longest and any(type(layer) is not DynamicLayer for layer in layers)):
+            return 0, {}
+        cache.batch_repeat_interleave(len(rows))
+        return shared, {CACHE_NAMES[0]: cache}
+
     @torch.no_grad()
     def _run(self, rows: list[_Row], settings: GenerationConfig) -> Iterator[_Row]:
         """The loop: yields each row whenever it has got a token.
 
-        Not `inference_mode`: a tensor that a module keeps from here (rotary tables, cast adapter weights) must
-        serve a backward pass later.
+        Not `inference_mode`: a tensor that a module keeps from here (rotary tables, cast adapter weights)
+        must serve a backward pass later.
         """
         rows = list(rows)
         device = self.model.get_input_embeddings().weight.device
         width = max(len(row.prompt_ids) for row in rows)
         chooser = Chooser(self.model, settings, sorted(self.terminators), width, device)
-        ids, mask = _left_padded(rows, width, device)
-        inputs: dict[str, Any] = {"input_ids": ids[:, :width], "use_cache": True, **self._keep_last}
+        shared, inputs = self._shared_beginning(rows, device)
+        ids, mask = _laid_out(rows, shared, width, device)
+        inputs |= {"input_ids": ids[:, shared:width], "use_cache": True, **self._keep_last}
         if mask is not None:
             inputs["attention_mask"] = mask[:, :width]
-            inputs["position_ids"] = (mask[:, :width].cumsum(-1) - 1).clamp(min=0)
+            inputs["position_ids"] = (mask[:, :width].cumsum(-1) - 1).clamp(min=0)[:, shared:]
         end = width
         while True:
             # 1. One forward pass: the prompts at first, then the last token of every row.
@@ -256,22 +283,38 @@ def default_terminators(model: Any) -> list[int]:
     return [int(token) for token in ids] if isinstance(ids, (list, tuple)) else [int(ids)]
 
 
-def _left_padded(rows: Sequence[_Row], width: int, device: Any) -> tuple[Tensor, Tensor | None]:
-    """Ids (B, width + longest answer) and a mask of the same shape, None where no row needs padding."""
+def _laid_out(rows: Sequence[_Row], shared: int, width: int, device: Any) -> tuple[Tensor, Tensor | None]:
+    """Ids (B, width + longest answer) and a mask of the same shape, None where no row needs padding.
+
+    A row is its `shared` first ids, padding, the rest of its prompt up to `width`, then room for the answer.
+    """
     total = width + max(row.limit for row in rows)
     ids = torch.zeros(len(rows), total, dtype=torch.long)
     mask = torch.ones(len(rows), total, dtype=torch.long)
     for place, row in enumerate(rows):
-        start = width - len(row.prompt_ids)
-        ids[place, start:width] = torch.tensor(row.prompt_ids)
-        mask[place, :start] = 0
+        prompt, gap = torch.tensor(row.prompt_ids), width - len(row.prompt_ids)
+        ids[place, :shared], ids[place, shared + gap : width] = prompt[:shared], prompt[shared:]
+        mask[place, shared : shared + gap] = 0
     padded = any(len(row.prompt_ids) < width for row in rows)
     return ids.to(device), mask.to(device) if padded else None
 
 
+def _angles_depend_on_length(config: Any) -> bool:
+    """Whether RoPE is of a kind that changes once a text is longer than those of the first training."""
+    text_config = config.get_text_config()
+    found = [getattr(text_config, name, None) for name in ("rope_parameters", "rope_scaling")]
+    while found:
+        value = found.pop()
+        if isinstance(value, dict):
+            if {value.get("rope_type"), value.get("type")} & {"dynamic", "longrope"}:
+                return True
+            found.extend(inner for inner in value.values() if isinstance(inner, dict))
+    return False
+
+
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
-    """The whole model in eval mode; every module's own flag afterwards, for parts may differ (a frozen dropout)."""
+    """The whole model in eval mode; afterwards every module's own flag, for parts of it may differ."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -1,10 +1,10 @@
 """How the next token is chosen: the parameters a user may set, and what they mean for one batch.
 
-transformers' `GenerationConfig` is the one source of defaults: a parameter left at None is the model's own, so a
-model behaves here as in `model.generate`. The logits processors are transformers' too. Only the draw is ours: each
-row has a random stream of its own, seeded by the seed and the row's prompt, and one number of it picks a token from
-the cumulated probabilities. So a sampled text depends neither on the other rows of its batch nor on torch's global
-generator, which a training run must find again exactly where it left it.
+transformers' `GenerationConfig` is the one source of defaults: a parameter left at None is the model's own,
+so a model behaves here as in `model.generate`. The logits processors are transformers' too. Only the draw is
+ours: each row has a random stream of its own, seeded by the seed and the row's prompt, and one number of it
+picks a token from the cumulated probabilities. So a sampled text depends neither on the other rows of its
+batch nor on torch's global generator, which a training run must find again exactly where it left it.
 """
 
 import copy
@@ -20,8 +20,8 @@ from transformers import GenerationConfig
 from luthier.errors import ConfigError
 
 DEFAULT_NEW_TOKENS = 128
-# Processors that look at the scores alone. Any other one (repetition penalty, banned words, ...) also reads the ids
-# before, where padding would count as text: those rows are batched by equal length.
+# Processors that look at the scores alone. Any other one (repetition penalty, banned words, ...) also reads
+# the ids before, where padding would count as text: those rows are batched by equal length.
 SCORES_ONLY = frozenset(
     {
         "TemperatureLogitsWarper",
@@ -54,7 +54,8 @@ class SupportsGeneration(Protocol):
 class Sampling:
     """What a caller asks for. None: the model's own default (its GenerationConfig, then transformers').
 
-    A temperature of 0 is greedy. A temperature, top_p or top_k that is set without `do_sample` asks for sampling.
+    A temperature of 0 is greedy. A temperature, top_p or top_k that is set without `do_sample` asks for
+    sampling.
     `stop`: strings at which a text ends; they are not part of it. `seed`: None draws a fresh one.
     """
 
@@ -99,7 +100,8 @@ class Sampling:
     def resolve(self, model: Any) -> GenerationConfig:
         """The model's GenerationConfig with these values over it and transformers' defaults under it.
 
-        `max_length` of old checkpoints is not read: it counts the prompt as well, and is the context window in many.
+        `max_length` of old checkpoints is not read: it counts the prompt as well, and is the context window
+        in many.
         """
         own = getattr(model, "generation_config", None)
         resolved = copy.deepcopy(own) if own is not None else GenerationConfig()
@@ -132,7 +134,7 @@ class Sampling:
         return resolved
 
     def described(self, model: Any) -> dict[str, Any]:
-        """The values as they will be used, for a log or a table; temperature 0 and top_p 1 stand for greedy."""
+        """The values as they will be used, for a table; greedy is temperature 0 and top_p 1."""
         resolved = self.resolve(model)
         greedy = not resolved.do_sample
         return {
@@ -186,8 +188,8 @@ class Chooser:
             return scores.argmax(dim=-1)
         cumulated = scores.softmax(dim=-1).cumsum(dim=-1)
         total = cumulated[:, -1:]
-        # 24 bits are what fp32 holds below 1. Kept under the total, the search ends at a token whose own probability
-        # lifted the sum: one that top_p or top_k removed can never be drawn.
+        # 24 bits are what fp32 holds below 1. Kept under the total, the search ends at a token whose own
+        # probability lifted the sum: one that top_p or top_k removed can never be drawn.
         drawn = torch.tensor([[stream.getrandbits(24) / 2**24] for stream in streams], device=scores.device)
         target = torch.minimum(drawn * total, torch.nextafter(total, torch.zeros_like(total)))
         return torch.searchsorted(cumulated, target, right=True).squeeze(-1)

@@ -1,8 +1,8 @@
 """Ids to text, whole or a piece at a time.
 
-A token is not a piece of text: an emoji may take four of them, and a sentencepiece decoder drops the space of the
-first word it sees. Both are right again when a few ids before are decoded along with the new ones and their text is
-cut off, and when nothing is shown that still ends in a half character.
+A token is not a piece of text: an emoji may take four of them, and a sentencepiece decoder drops the space of
+the first word it sees. Both are right again when a few ids before are decoded along with the new ones and
+their text is cut off, and when nothing is shown that still ends in a half character.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ HALF = "\ufffd"  # what a decoder writes for bytes that are no character (yet)
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Text of the ids, without special tokens and with no clean-up of spaces: what was trained is what is shown."""
+    """Text of the ids without special tokens; spaces stay as they were trained."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 

@@ -1,4 +1,4 @@
-"""Toy models of several families and a tokenizer whose tokens are bytes, so that characters really are split."""
+"""Toy models of several families, and a tokenizer whose tokens are bytes, so that characters get split."""
 
 from collections.abc import Callable
 from typing import Any

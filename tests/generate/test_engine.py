@@ -76,6 +76,24 @@ def test_greedy_equals_generate_alone(any_family: Any, byte_tokenizer: Any) -> N
         assert (completion.finish_reason == "stop") == (ids[-1] in terminators)
 
 
+def test_a_shared_beginning_is_computed_once(any_family: Any, byte_tokenizer: Any) -> None:
+    model, template = any_family, some_prompts(seed=5, lengths=(30,))[0]
+    prompts = [template + prompt for prompt in some_prompts(seed=6, lengths=(1, 4, 4, 4, 12))] + [template]
+    fed: list[int] = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: fed.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    try:
+        completions = Engine(model, byte_tokenizer, []).generate(prompts, Sampling(max_new_tokens=12))
+    finally:
+        hook.remove()
+    assert [completion.token_ids for completion in completions] == [
+        alone(model, prompt, 12, [-1]) for prompt in prompts
+    ]
+    if model.config.model_type in ("llama", "qwen3", "gpt2"):
+        assert sum(fed) == 29 + 6 * 13 + 6 * 11  # padded to the longest rest, and no more
+
+
 def test_penalties_of_the_model_count_prompt_tokens_only_once(toy_model: Any, byte_tokenizer: Any) -> None:
     """A repetition penalty reads the ids before: padding must not be among them."""
     model = toy_model("llama")

@@ -1,9 +1,9 @@
 """From rows with messages to conversations in the form that chat templates take.
 
-Datasets write the same thing in many ways: `messages` with `role` and `content`, `conversations` with `from` and
-`value`, roles called human and gpt, tool calls and their arguments as objects or as JSON in a string. All of it
-becomes the form of transformers' `apply_chat_template`; what cannot be expressed in it (images, unknown roles,
-two different system texts) is an error rather than a guess.
+Datasets write the same thing in many ways: `messages` with `role` and `content`, `conversations` with `from`
+and `value`, roles called human and gpt, tool calls and their arguments as objects or as JSON in a string. All
+of it becomes the form of transformers' `apply_chat_template`; what cannot be expressed in it (images, unknown
+roles, two different system texts) is an error rather than a guess.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ ROLES = {
     "developer": "developer",
     "ipython": "ipython",
 }
-"""Role names of datasets, and those that templates have for them. `function_call` is a turn that calls a tool."""
+"""Role names of datasets, and those that templates have for them. `function_call` is a turn that calls a
+tool."""
 
 _TRAIN_FLAGS = ("train", "training", "weight")
 _TRAIN_DETAILS = ("training_detail", "train_detail")
@@ -70,7 +71,9 @@ def _messages_of(row: Row, entry: DatasetEntry) -> tuple[str, list[Any]]:
     if isinstance(value, str):
         value = _from_json(value, f"`{field}`")
     if not isinstance(value, list):
-        raise DataError(f"`{field}` must be a list of messages, and is {type_name(value)}: {shortened(value)}")
+        raise DataError(
+            f"`{field}` must be a list of messages, and is {type_name(value)}: {shortened(value)}"
+        )
     if not value:
         raise DataError(f"`{field}` has no message")
     return field, value
@@ -149,7 +152,8 @@ def _set_train_flag(message: dict[str, Any], where: str) -> None:
     detail = next((name for name in _TRAIN_DETAILS if name in message), None)
     if detail:
         raise DataError(
-            f"{where} has `{detail}`: parts of a message cannot be trained on their own; use `type: input_output`"
+            f"{where} has `{detail}`: parts of a message cannot be trained on their own; use `type: "
+            "input_output`"
         )
     flags = {name: message.pop(name) for name in _TRAIN_FLAGS if name in message}
     for name, flag in flags.items():
@@ -169,7 +173,7 @@ def _put_system(messages: list[dict[str, Any]], system: str, field: str) -> None
         raise DataError(f"the row has two different system texts: `{field}`, and its first message")
 
 
-# --- tools -----------------------------------------------------------------------------------------------------
+# --- tools --------------------------------------------------------------------------------------------------
 
 
 def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:

@@ -32,9 +32,9 @@ class TextExample:
 class ChatExample:
     """A conversation in the form that chat templates take.
 
-    A message has `role` and `content` (and `tool_calls` and whatever else the template reads). Its key `train`
-    (true, false, or absent) says whether it is trained, before the roles are asked. `tools` is a list of JSON
-    schemas of functions, or None.
+    A message has `role` and `content` (and `tool_calls` and whatever else the template reads). Its key
+    `train` (true, false, or absent) says whether it is trained, before the roles are asked. `tools` is a list
+    of JSON schemas of functions, or None.
     """
 
     messages: list[dict[str, Any]]

@@ -1,12 +1,12 @@
 """From one file on disk to numbered rows: JSON, CSV, Parquet and Arrow.
 
-Every reader yields `(number, row)`, where the number is the line (JSON, CSV) or the row (Parquet, Arrow) counted
-from 1, and the row is a dict, or the `DataError` that says why this row is not one. A yielded error concerns that
-row only and the reader goes on behind it, so that `skip_bad_rows` can count it; what makes the rest of a file
-unreadable is raised.
+Every reader yields `(number, row)`, where the number is the line (JSON, CSV) or the row (Parquet, Arrow)
+counted from 1, and the row is a dict, or the `DataError` that says why this row is not one. A yielded error
+concerns that row only and the reader goes on behind it, so that `skip_bad_rows` can count it; what makes the
+rest of a file unreadable is raised.
 
-JSON lines are split at b"\\n" and nowhere else: `str.splitlines` would also cut at U+2028, U+0085 and six others,
-which JSON allows inside of strings, and which real datasets hold.
+JSON lines are split at b"\\n" and nowhere else: `str.splitlines` would also cut at U+2028, U+0085 and six
+others, which JSON allows inside of strings, and which real datasets hold.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def read_file(path: Path, kind: str) -> Iterator[NumberedRow]:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
 
 
-# --- JSON ------------------------------------------------------------------------------------------------------
+# --- JSON ---------------------------------------------------------------------------------------------------
 
 
 def _read_json(path: Path) -> Iterator[NumberedRow]:
@@ -77,7 +77,8 @@ def _read_json(path: Path) -> Iterator[NumberedRow]:
             return
         number, line = first
         opens_array = line.lstrip().startswith(b"[")
-        # A first line that is no object begins an object that spans lines, unless the name promises otherwise.
+        # A first line that is no object begins an object that spans lines, unless the name promises
+        # otherwise.
         promised = ".json" not in (suffix.lower() for suffix in path.suffixes)
         if not opens_array and (promised or not isinstance(_object_of(line), DataError)):
             for number, line in chain([first], lines):
@@ -108,8 +109,8 @@ def _read_json_text(path: Path, text: str, line: int) -> Iterator[NumberedRow]:
         except (ValueError, RecursionError) as error:
             place = line + text.count("\n", counted, getattr(error, "pos", counted))
             raise DataError(
-                f"{path}:{place}: not valid JSON: {getattr(error, 'msg', error)}. What follows cannot be read either: "
-                "mend the file, or keep one object per line, where a bad row costs only itself."
+                f"{path}:{place}: not valid JSON: {getattr(error, 'msg', error)}. What follows cannot be "
+                "read either: mend the file, or keep one object per line, where a bad row costs only itself."
             ) from error
         yield line, _row_of(value)
         at = _skip_space(text, at)
@@ -117,7 +118,9 @@ def _read_json_text(path: Path, text: str, line: int) -> Iterator[NumberedRow]:
             at = _skip_space(text, at + 1)
         elif is_array and (at >= len(text) or text[at] != "]"):
             place = line + text.count("\n", counted, at)
-            raise DataError(f"{path}:{place}: not valid JSON: the array is not closed, or a comma is missing.")
+            raise DataError(
+                f"{path}:{place}: not valid JSON: the array is not closed, or a comma is missing."
+            )
     if is_array and at >= len(text):
         raise DataError(f"{path}:{line}: not valid JSON: the array is not closed.")
     if is_array and _skip_space(text, at + 1) < len(text):
@@ -140,7 +143,8 @@ def _row_of(value: Any) -> Row | DataError:
     if isinstance(value, dict):
         if value and all(isinstance(column, list) for column in value.values()) and _is_table(value):
             return DataError(
-                f"this one object holds whole columns ({', '.join(value)}); save the table with one object per row"
+                f"this one object holds whole columns ({', '.join(value)}); save the table with one object "
+                "per row"
             )
         return value
     return DataError(f"a row must be a JSON object with named fields, and this is {_json_name(value)}")
@@ -149,8 +153,10 @@ def _row_of(value: Any) -> Row | DataError:
 def _is_table(value: Row) -> bool:
     """Whether an object looks like a table saved by columns: text columns of one length, and many rows."""
     lengths = {len(column) for column in value.values()}
-    return len(value) > 1 and len(lengths) == 1 and all(
-        column and all(isinstance(cell, str) for cell in column) for column in value.values()
+    return (
+        len(value) > 1
+        and len(lengths) == 1
+        and all(column and all(isinstance(cell, str) for cell in column) for column in value.values())
     )
 
 
@@ -165,7 +171,7 @@ def _skip_space(text: str, at: int) -> int:
     return match.end()
 
 
-# --- CSV -------------------------------------------------------------------------------------------------------
+# --- CSV ----------------------------------------------------------------------------------------------------
 
 
 def _read_csv(path: Path) -> Iterator[NumberedRow]:
@@ -212,15 +218,15 @@ def _text_lines(file: IO[bytes], path: Path) -> Iterator[str]:
             ) from error
 
 
-# --- bytes -----------------------------------------------------------------------------------------------------
+# --- bytes --------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def _open_bytes(path: Path) -> Iterator[IO[bytes]]:
     if path.suffix.lower() == ".gz":
-        with gzip.open(path, "rb") as file:
+        with gzip.open(path, "rb") as unpacked:
             try:
-                yield file
+                yield io.BufferedReader(unpacked)
             except (EOFError, gzip.BadGzipFile) as error:
                 raise DataError(f"{path}: not a complete gzip file: {error}.") from error
     elif path.suffix.lower() == ".zst":
@@ -245,7 +251,7 @@ def _numbered_lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, bytes]]:
         yield number, line
 
 
-# --- columnar files --------------------------------------------------------------------------------------------
+# --- columnar files -----------------------------------------------------------------------------------------
 
 
 def _read_parquet(path: Path) -> Iterator[NumberedRow]:

@@ -1,12 +1,12 @@
 """From rows to examples: what the columns of a row mean.
 
-The instruction formats (`alpaca`, `alpaca_chat.load_qa`, a prompt of the user's own) are all one `PromptFormat`:
-text around an instruction, an input and a system text, and then the answer, which is trained. Conversations are in
-`conversations`, rows that are tokens already in `pretokenized`.
+The instruction formats (`alpaca`, `alpaca_chat.load_qa`, a prompt of the user's own) are all one
+`PromptFormat`: text around an instruction, an input and a system text, and then the answer, which is trained.
+Conversations are in `conversations`, rows that are tokens already in `pretokenized`.
 
-Text is taken as it is: nothing is stripped. A whole number where text belongs is taken as its digits, and counted;
-anything else that is not text is an error. Errors carry no location, because a row does not know its file: whoever
-reads the rows adds it.
+Text is taken as it is: nothing is stripped. A whole number where text belongs is taken as its digits, and
+counted; anything else that is not text is an error. Errors carry no location, because a row does not know its
+file: whoever reads the rows adds it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ from luthier.data.values import Row, fields_of, optional_text, required, text_of
 from luthier.errors import ConfigError, DataError
 
 TYPES = ("alpaca", "alpaca_chat.load_qa", "chat_template", "completion", "input_output")
-"""The named types; besides them a mapping (a prompt of one's own), or none for rows that are tokens already."""
+"""The named types; besides them a mapping (a prompt of one's own), or none for rows that are tokens
+already."""
 
 _NO_INPUT = frozenset({"no input", "noinput", "<no input>", "<noinput>"})
 
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """Text around an instruction. Templates hold `{instruction}`, `{input}`, `{system}` and, at most once, `{output}`.
+    """Text around an instruction. Templates hold `{instruction}`, `{input}`, `{system}` and, at most once,
+    `{output}`.
 
     A row's system text is set by `system_format` and stands in place of the preamble.
     """
@@ -62,7 +64,8 @@ class PromptFormat:
 
 @lru_cache(maxsize=64)
 def _parts(template: str) -> tuple[str, str, bool]:
-    """A template in front of `{output}`, the plain text behind it, and whether it has a place for the system text."""
+    """A template in front of `{output}`, the plain text behind it, and whether it has a place for the system
+    text."""
     before, after, has_system, behind = "", "", False, False
     for text, name, _, _ in Formatter().parse(template):
         if behind:
@@ -98,8 +101,9 @@ ALPACA_CHAT_QA = PromptFormat(
     without_input="USER: {instruction}\nASSISTANT:",
     system_format="SYSTEM: {system}\n",
     preamble=(
-        "Below is an instruction from a USER that describes a task, paired with an input that provides further "
-        "context. The ASSISTANT writes a response that concisely and appropriately completes the request.\n\n"
+        "Below is an instruction from a USER that describes a task, paired with an input that provides "
+        "further context. The ASSISTANT writes a response that concisely and appropriately completes the "
+        "request.\n\n"
     ),
     preamble_without_input=(
         "Below is an instruction from a USER that describes a task. "
@@ -112,7 +116,9 @@ ALPACA_CHAT_QA = PromptFormat(
 _PROMPTS = {"alpaca": ALPACA, "alpaca_chat.load_qa": ALPACA_CHAT_QA}
 
 
-def example_of(row: Row, entry: DatasetEntry, train_on_inputs: bool, notes: Counter[str] | None = None) -> Example:
+def example_of(
+    row: Row, entry: DatasetEntry, train_on_inputs: bool, notes: Counter[str] | None = None
+) -> Example:
     """What this row is, by its entry's type.
 
     `notes` counts what a user should know of and what is no error, such as answers that are empty. Raises
@@ -133,7 +139,9 @@ def example_of(row: Row, entry: DatasetEntry, train_on_inputs: bool, notes: Coun
     return _instruction(row, prompt_format(entry), train_on_inputs, notes)
 
 
-def prompt_example(entry: DatasetEntry, instruction: str, input: str = "", system: str | None = None) -> Example:
+def prompt_example(
+    entry: DatasetEntry, instruction: str, input: str = "", system: str | None = None
+) -> Example:
     """The same format without an answer: what a model that was trained on `entry` is to continue."""
     kind = kind_of_entry(entry)
     if kind == "chat_template":
@@ -164,7 +172,8 @@ def columns_of(entry: DatasetEntry) -> frozenset[str]:
 
 
 def kind_of_entry(entry: DatasetEntry) -> str:
-    """`prompt`, `chat_template`, `completion`, `input_output` or `tokens`. Raises ConfigError for any other type."""
+    """`prompt`, `chat_template`, `completion`, `input_output` or `tokens`. Raises ConfigError for any other
+    type."""
     if entry.type is None:
         return "tokens"
     if isinstance(entry.type, UserPrompt):
@@ -176,22 +185,25 @@ def kind_of_entry(entry: DatasetEntry) -> str:
     close = difflib.get_close_matches(entry.type, TYPES, n=1)
     meant = f" Did you mean `{close[0]}`?" if close else ""
     raise ConfigError(
-        f"datasets: {entry.path}: there is no type `{entry.type}`.{meant} Types: {', '.join(TYPES)}; a mapping with "
-        "`format` for a prompt of your own; or no `type` at all for rows that have `input_ids`."
+        f"datasets: {entry.path}: there is no type `{entry.type}`.{meant} Types: {', '.join(TYPES)}; a "
+        "mapping with `format` for a prompt of your own; or no `type` at all for rows that have `input_ids`."
     )
 
 
-# --- prompts with an answer ------------------------------------------------------------------------------------
+# --- prompts with an answer ---------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=64)
 def _user_format(prompt: UserPrompt) -> PromptFormat:
     if not prompt.format:
-        raise ConfigError("datasets: type: a prompt of your own needs `format` (or `field`, for one column of text).")
+        raise ConfigError(
+            "datasets: type: a prompt of your own needs `format` (or `field`, for one column of text)."
+        )
     _check_template("format", prompt.format, {"instruction", "input", "system", "output"})
     if "{instruction}" not in prompt.format and "{input}" not in prompt.format:
         raise ConfigError(
-            "datasets: type: format: there is neither {instruction} nor {input} in it, so each row would be the same."
+            "datasets: type: format: there is neither {instruction} nor {input} in it, so each row would be "
+            "the same."
         )
     without = prompt.no_input_format if prompt.no_input_format is not None else prompt.format
     if prompt.no_input_format is not None:
@@ -211,14 +223,17 @@ def _check_template(key: str, template: str, allowed: set[str]) -> None:
     try:
         parts = list(Formatter().parse(template))
     except ValueError as error:
-        raise ConfigError(f"{where}: {error}. A brace that is text is written twice: {{{{ or }}}}.") from error
+        raise ConfigError(
+            f"{where}: {error}. A brace that is text is written twice: {{{{ or }}}}."
+        ) from error
     names = [name for _, name, _, _ in parts if name is not None]
     unknown = [name for name in names if name not in allowed]
     plain = all(not spec and not conversion for _, name, spec, conversion in parts if name is not None)
     if unknown or not plain:
         known = ", ".join(f"{{{name}}}" for name in sorted(allowed))
         raise ConfigError(
-            f"{where}: {{{unknown[0] if unknown else names[0]}}} is not one of the places that it can have ({known}). "
+            f"{where}: {{{unknown[0] if unknown else names[0]}}} is not one of the places that it can have "
+            f"({known}). "
             "A brace that is text is written twice: {{ or }}."
         )
     if "output" in names and (names.count("output") > 1 or names[-1] != "output"):
@@ -258,7 +273,7 @@ def _instruction(row: Row, prompt: PromptFormat, train_on_inputs: bool, notes: C
     return TextExample((Segment(before, train_on_inputs), Segment(answer + after, True)))
 
 
-# --- plain text ------------------------------------------------------------------------------------------------
+# --- plain text ---------------------------------------------------------------------------------------------
 
 
 def text_column(entry: DatasetEntry) -> str:

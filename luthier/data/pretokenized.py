@@ -1,14 +1,16 @@
 """Rows that are tokens already: alignment of their labels, padding, and the documents inside of packed rows.
 
-Labels are aligned as in transformers: `labels[t]` is `input_ids[t]` where the token is trained and -100 where it is
-not, and the trainer shifts. Some published packed files hold labels that are shifted already: `labels[t]` is
-`input_ids[t + 1]`. Trained as they are, each token would be asked for the one after the next, and nothing would look
-wrong but the loss. Since the two can be told apart, they are: neither is ever taken for the other.
+Labels are aligned as in transformers: `labels[t]` is `input_ids[t]` where the token is trained and -100 where
+it is not, and the trainer shifts. Some published packed files hold labels that are shifted already:
+`labels[t]` is `input_ids[t + 1]`. Trained as they are, each token would be asked for the one after the next,
+and nothing would look wrong but the loss. Since the two can be told apart, they are: neither is ever taken
+for the other.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -30,8 +32,8 @@ def token_example(row: Row, labels_shifted: bool, notes: Counter[str]) -> TokenE
     """The documents of a row. Raises DataError where its columns do not fit each other."""
     if row.get("input_ids") is None:
         raise DataError(
-            f"there is no `input_ids`: an entry without `type` must have tokens already; {fields_of(row)}. Set `type` "
-            "to say what the columns are"
+            f"there is no `input_ids`: an entry without `type` must have tokens already; {fields_of(row)}. "
+            "Set `type` to say what the columns are"
         )
     ids = _ints(row, "input_ids")
     if not len(ids):
@@ -67,7 +69,9 @@ def _ints(row: Row, field: str, length: int | None = None) -> Ints:
         array = np.asarray([value[0]], dtype=object)
     if array.ndim != 1 or array.dtype.kind not in "iub":
         odd = next((item for item in value if type(item) is not int), value[0])
-        raise DataError(f"`{field}` must hold whole numbers only, and holds {type_name(odd)}: {shortened(odd)}")
+        raise DataError(
+            f"`{field}` must hold whole numbers only, and holds {type_name(odd)}: {shortened(odd)}"
+        )
     return array.astype(np.int64)
 
 
@@ -106,7 +110,9 @@ def _documents(row: Row, count: int) -> tuple[npt.NDArray[np.bool_], list[int]]:
 
 def _starts_by_lengths(lengths: Ints, name: str, count: int, tokens: int) -> npt.NDArray[np.bool_]:
     if (lengths < 1).any() or int(lengths.sum()) not in (count, tokens):
-        raise DataError(f"`{name}` must be 1 or more each and sum to the row's {count} tokens; the sum is {lengths.sum()}")
+        raise DataError(
+            f"`{name}` must be 1 or more each and sum to the row's {count} tokens; the sum is {lengths.sum()}"
+        )
     starts = np.zeros(count, dtype=bool)
     at = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     starts[at] = True
@@ -125,8 +131,8 @@ def _check_aligned(ids: Ints, labels: Ints, lengths: list[int]) -> None:
         )
     at = int(np.flatnonzero(wrong)[0])
     raise DataError(
-        f"`labels` has {labels[at]} at position {at}, where `input_ids` has {ids[at]}: a label is the token at its own "
-        f"position, or {IGNORED}"
+        f"`labels` has {labels[at]} at position {at}, where `input_ids` has {ids[at]}: a label is the token "
+        f"at its own position, or {IGNORED}"
     )
 
 
@@ -143,15 +149,15 @@ def _shift_back(
 ) -> tuple[Ints, Ints, list[int]]:
     """Labels of position t go to position t + 1.
 
-    The last label of a document is a token that `input_ids` no longer has (often the EOS), so it is put back at the
-    end. In a row that was shifted after packing it is the first token of the next document instead: no context of
-    its own leads to it, and it is dropped and counted.
+    The last label of a document is a token that `input_ids` no longer has (often the EOS), so it is put back
+    at the end. In a row that was shifted after packing it is the first token of the next document instead: no
+    context of its own leads to it, and it is dropped and counted.
     """
     if (labels != IGNORED).any() and not _is_shifted(ids, labels, lengths):
         raise DataError("`labels_shifted: true`, but `labels` is not `input_ids` shifted by one")
     all_ids, all_labels, new_lengths = [], [], []
     bounds = np.concatenate([[0], np.cumsum(lengths)])
-    for number, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for number, (start, stop) in enumerate(pairwise(bounds)):
         last = int(labels[stop - 1])
         following = int(ids[stop]) if number + 1 < len(lengths) else None
         document = [ids[start:stop]]

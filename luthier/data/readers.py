@@ -1,8 +1,9 @@
 """From a dataset entry to rows, each with the place that it came from.
 
-An entry's `path` is a file, a folder of files, a folder that `datasets.save_to_disk` wrote, or an id on the Hugging
-Face hub. All of them become `Rows`: an iterable of `(location, row)` with a fingerprint of the content. Finding the
-files is done here, reading one of them in `files`. Local paths win over hub ids of the same name.
+An entry's `path` is a file, a folder of files, a folder that `datasets.save_to_disk` wrote, or an id on the
+Hugging Face hub. All of them become `Rows`: an iterable of `(location, row)` with a fingerprint of the
+content. Finding the files is done here, reading one of them in `files`. Local paths win over hub ids of the
+same name.
 """
 
 from __future__ import annotations
@@ -56,11 +57,13 @@ class Rows:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the content, the names of its files, and the stretch that is taken; reads every byte once."""
+        """Hash of the content, the names of its files, and the stretch that is taken; reads every byte
+        once."""
         return hashlib.sha256(f"{self.hashed()} {self.start} {self.stop}".encode()).hexdigest()
 
     def scan(self) -> Iterator[tuple[str, Row | DataError]]:
-        """Rows with their locations ("rows.jsonl:17"), and in place of a bad row the error that says what it is."""
+        """Rows with their locations ("rows.jsonl:17"), and in place of a bad row the error that says what it
+        is."""
         return islice(self.source(), self.start, self.stop)
 
     def __iter__(self) -> Iterator[tuple[str, Row]]:
@@ -72,11 +75,18 @@ class Rows:
     def take(self, count: int) -> Rows:
         """The first `count` of these rows."""
         stop = self.start + count
-        return Rows(self.shown, self.source, self.hashed, self.start, stop if self.stop is None else min(stop, self.stop))
+        return Rows(
+            self.shown,
+            self.source,
+            self.hashed,
+            self.start,
+            stop if self.stop is None else min(stop, self.stop),
+        )
 
 
 def open_rows(entry: DatasetEntry) -> Rows:
-    """Find an entry's data. Raises DataError if there is none, or ConfigError if the entry contradicts itself."""
+    """Find an entry's data. Raises DataError if there is none, or ConfigError if the entry contradicts
+    itself."""
     path, count = _without_count(entry.path)
     split, start, stop = _parse_split(entry.split)
     local = Path(path).expanduser()
@@ -103,12 +113,15 @@ def _without_count(path: str) -> tuple[str, int | None]:
     if match is None or Path(path).expanduser().exists():
         return path, None
     if int(match[2]) == 0:
-        raise ConfigError(f"datasets: path: {path} takes no row at all. Write the number of rows behind the `#`.")
+        raise ConfigError(
+            f"datasets: path: {path} takes no row at all. Write the number of rows behind the `#`."
+        )
     return match[1], int(match[2])
 
 
 def _parse_split(split: str | None) -> tuple[str, int, int | None]:
-    """`test[10:20]` -> ("test", 10, 20). A hub dataset's split is parsed by `datasets`, which knows more forms."""
+    """`test[10:20]` -> ("test", 10, 20). A hub dataset's split is parsed by `datasets`, which knows more
+    forms."""
     match = _SPLIT.fullmatch(split or "train")
     if match is None:
         return split or "train", 0, None
@@ -118,12 +131,12 @@ def _parse_split(split: str | None) -> tuple[str, int, int | None]:
 def _require_train(entry: DatasetEntry, split: str, what: str) -> None:
     if split != "train":
         raise DataError(
-            f"datasets: split: {entry.split}: {what}, all of which is the split `train`. Leave `split` out, or write "
-            "`train[:1000]` for a part of it."
+            f"datasets: split: {entry.split}: {what}, all of which is the split `train`. Leave `split` out, "
+            "or write `train[:1000]` for a part of it."
         )
 
 
-# --- local files -----------------------------------------------------------------------------------------------
+# --- local files --------------------------------------------------------------------------------------------
 
 
 def _rows_of_files(entry: DatasetEntry, paths: list[Path], kind: str | None = None) -> Rows:
@@ -131,8 +144,8 @@ def _rows_of_files(entry: DatasetEntry, paths: list[Path], kind: str | None = No
     for path, known in zip(paths, kinds, strict=True):
         if known is None:
             raise DataError(
-                f"{path}: the name does not say what is in it. Known endings: {', '.join(sorted(KINDS))}; or say it "
-                "with `ds_type: json` (or csv, parquet, arrow)."
+                f"{path}: the name does not say what is in it. Known endings: {', '.join(sorted(KINDS))}; or "
+                "say it with `ds_type: json` (or csv, parquet, arrow)."
             )
 
     def source() -> Iterator[tuple[str, Row | DataError]]:
@@ -173,11 +186,14 @@ def _rows_of_folder(entry: DatasetEntry, folder: Path, split: str) -> Rows:
     if not known:
         there = ", ".join(path.name for path in files[:5]) or "nothing"
         raise DataError(
-            f"{folder}: no data files in this folder (known endings: {', '.join(sorted(KINDS))}). It holds: {there}."
+            f"{folder}: no data files in this folder (known endings: {', '.join(sorted(KINDS))}). It holds: "
+            f"{there}."
         )
     if len(known) < len(files):
         others = [str(path.relative_to(folder)) for path in files if path not in set(known)]
-        log.info("%s: %d other file(s) in the folder are not data: %s", folder, len(others), ", ".join(others[:5]))
+        log.info(
+            "%s: %d other file(s) in the folder are not data: %s", folder, len(others), ", ".join(others[:5])
+        )
     return _rows_of_files(entry, _files_of_split(known, folder, split))
 
 
@@ -186,13 +202,19 @@ def _files_of_split(files: list[Path], folder: Path, split: str) -> list[Path]:
     named: dict[str | None, list[Path]] = {}
     for path in files:
         words = re.split(r"[^a-z0-9]+", str(path.relative_to(folder)).lower())
-        said = split if split in words else next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), None)
+        said = (
+            split
+            if split in words
+            else next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), None)
+        )
         named.setdefault(said, []).append(path)
     wanted = _SPLIT_WORDS.get(split, split)
     chosen = named.get(split) or named.get(wanted) or (named.get(None) if wanted == "train" else None)
     if not chosen:
         there = ", ".join(sorted(name for name in named if name)) or "none by name"
-        raise DataError(f"{folder}: there is no file of split `{split}` in this folder. Splits there: {there}.")
+        raise DataError(
+            f"{folder}: there is no file of split `{split}` in this folder. Splits there: {there}."
+        )
     left = [str(path.relative_to(folder)) for path in files if path not in set(chosen)]
     if left:
         log.warning(
@@ -207,7 +229,9 @@ def _saved_to_disk(folder: Path, split: str) -> list[Path] | None:
     if (folder / "dataset_dict.json").is_file():
         splits = _read_json(folder / "dataset_dict.json").get("splits", [])
         if split not in splits:
-            raise DataError(f"{folder}: there is no split `{split}` in this dataset. Splits there: {', '.join(splits)}.")
+            raise DataError(
+                f"{folder}: there is no split `{split}` in this dataset. Splits there: {', '.join(splits)}."
+            )
         folder = folder / split
     if not (folder / "state.json").is_file() or not (folder / "dataset_info.json").is_file():
         return None
@@ -259,7 +283,7 @@ def _missing_file(path: Path) -> str:
     return f"{message} There is: {', '.join(close[:3])}." if close else message
 
 
-# --- the hub ---------------------------------------------------------------------------------------------------
+# --- the hub ------------------------------------------------------------------------------------------------
 
 
 def _looks_like_a_hub_id(path: str) -> bool:
@@ -281,9 +305,9 @@ def _rows_of_hub(entry: DatasetEntry, name: str) -> Rows:
         )
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise DataError(
-            f"{name}: neither a file or folder here ({Path(name).resolve()}) nor a dataset that the hub gives: "
-            f"{_first_lines(error)} Check the id, `name`, `split` and `revision`; a gated dataset needs "
-            "`hf auth login`; without a network, only what is on this machine can be read."
+            f"{name}: neither a file or folder here ({Path(name).resolve()}) nor a dataset that the hub "
+            f"gives: {_first_lines(error)} Check the id, `name`, `split` and `revision`; a gated dataset "
+            "needs `hf auth login`; without a network, only what is on this machine can be read."
         ) from error
 
     def source() -> Iterator[tuple[str, Row | DataError]]:

@@ -42,8 +42,9 @@ def _check_surrogates(value: str, what: str) -> None:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{what} holds half of a surrogate pair (\\u{ord(value[error.start]):04x} at character {error.start + 1}), "
-            "which is no character: the text was cut in two, or written by a broken encoder"
+            f"{what} holds half of a surrogate pair (\\u{ord(value[error.start]):04x} at character "
+            f"{error.start + 1}), which is no character: the text was cut in two, or written by a broken "
+            "encoder"
         ) from error
 
 

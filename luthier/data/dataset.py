@@ -1,0 +1,264 @@
+"""The data of a run: from the config's datasets to token ids on disk, with a report of what became of each
+row.
+
+Rows are read, turned into examples, rendered and written once; the next start with the same data, tokenizer
+and options maps the files that are there. Only afterwards is validation data split off, so that another
+`val_set_size` or seed tokenises nothing again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from luthier.config import Config, DatasetEntry, UserPrompt
+from luthier.data.cache import Store, Writer, cache_folder, cache_key, open_store
+from luthier.data.formats import kind_of_entry
+from luthier.data.readers import Rows, open_rows
+from luthier.data.report import DataReport, SourceReport, length_histogram, merge_tallies
+from luthier.data.tokenise import Tokeniser, tokenise
+from luthier.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger("luthier")
+
+
+class Document(NamedTuple):
+    """Tokens of one document, int32, and labels aligned with them: -100 where a token is not trained.
+
+    The first token of a document is never trained, since nothing leads to it. `lengths` is set for a row that
+    was packed before it came here: the tokens of each document inside, summing to the row's.
+    """
+
+    input_ids: npt.NDArray[np.int32]
+    labels: npt.NDArray[np.int32]
+    lengths: tuple[int, ...] | None = None
+
+
+class TokenDataset:
+    """Documents by index, mapped from disk; `lengths` and `trained` say how many tokens each has."""
+
+    def __init__(self, store: Store, indices: npt.NDArray[np.int64] | None = None) -> None:
+        documents = store.documents
+        starts = np.cumsum(documents["length"]) - documents["length"]
+        part_starts = np.cumsum(documents["parts"]) - documents["parts"]
+        self._store = store
+        self._indices = np.arange(len(documents)) if indices is None else np.asarray(indices, dtype=np.int64)
+        self._starts = starts[self._indices]
+        self._part_starts = part_starts[self._indices]
+        self._parts = np.ascontiguousarray(documents["parts"])[self._indices]
+        self.lengths: npt.NDArray[np.int64] = np.ascontiguousarray(documents["length"])[self._indices]
+        """Tokens of each document."""
+        self.trained: npt.NDArray[np.int64] = np.ascontiguousarray(documents["trained"])[self._indices]
+        """Trained tokens of each document."""
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Document:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"document {index} of {len(self)}")
+        start = self._starts[index]
+        stop = start + self.lengths[index]
+        lengths = None
+        if self._parts[index] > 1:
+            first = self._part_starts[index]
+            lengths = tuple(self._store.parts[first : first + self._parts[index]].tolist())
+        return Document(self._store.input_ids[start:stop], self._store.labels[start:stop], lengths)
+
+    def location(self, index: int) -> str:
+        """Where the document's row is: "rows.jsonl:17"."""
+        document = self._store.documents[self._indices[index]]
+        return f"{self._store.files[document['file']]}:{document['line']}"
+
+    @property
+    def rows(self) -> npt.NDArray[np.int64]:
+        """For each document the number of its row among all rows of the datasets, in the order they were
+        read."""
+        return np.ascontiguousarray(self._store.documents["row"])[self._indices]
+
+    @property
+    def digests(self) -> npt.NDArray[np.uint64]:
+        """For each document a hash of its tokens."""
+        return np.ascontiguousarray(self._store.documents["digest"])[self._indices]
+
+    def subset(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> TokenDataset:
+        """These documents, in this order, without a copy of their tokens."""
+        return TokenDataset(self._store, self._indices[np.asarray(indices, dtype=np.int64)])
+
+
+@dataclass(slots=True)
+class PreparedData:
+    """What a run trains on and is validated on."""
+
+    train: TokenDataset
+    validation: TokenDataset | None
+    report: DataReport
+    fingerprint: str
+    """Hash of all that the data depends on; equal fingerprints mean equal documents in the same order."""
+
+
+def prepare(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
+    """Tokenise the config's datasets, or find them in the cache. `report.log()` says what there is to say.
+
+    Raises DataError for rows that are bad (with their place), and for datasets of which nothing would be
+    trained; ConfigError for entries that contradict themselves.
+    """
+    began = time.perf_counter()
+    data = config.data
+    store, key, cached = _documents_of(data.datasets, config, tokenizer)
+    train = TokenDataset(store)
+    sources = [SourceReport.from_json(source) for source in store.meta["sources"]]
+    validation, test_sources, test_key = None, [], ""
+    if data.test_datasets:
+        test_store, test_key, test_cached = _documents_of(data.test_datasets, config, tokenizer)
+        validation = TokenDataset(test_store)
+        test_sources = [SourceReport.from_json(source) for source in test_store.meta["sources"]]
+        cached = cached and test_cached
+    elif data.val_set_size:
+        rows = sum(source.rows for source in sources)
+        train, validation = split_off(train, rows, data.val_set_size, config.training.seed)
+        test_key = f"{data.val_set_size} {config.training.seed}"
+    report = DataReport(
+        sources, test_sources, cached, time.perf_counter() - began, train_documents=len(train)
+    )
+    report.histogram = length_histogram(train.lengths)
+    report.duplicates = len(train) - len(np.unique(train.digests))
+    if validation is not None:
+        report.validation_documents = len(validation)
+        report.overlap = int(np.isin(validation.digests, train.digests).sum())
+    fingerprint = hashlib.sha256(f"{key} {test_key}".encode()).hexdigest()
+    return PreparedData(train, validation, report, fingerprint)
+
+
+def split_off(dataset: TokenDataset, rows: int, size: float, seed: int) -> tuple[TokenDataset, TokenDataset]:
+    """Hold out a fraction (below 1) or a number of rows, and all documents of those.
+
+    All `rows` that were read are put in an order that depends on their number and the seed only; the first
+    ones of which anything was kept are held out. So another tokenizer or `sequence_len` holds out the same
+    rows, but for those that it drops.
+    """
+    order = np.random.default_rng(seed).permutation(rows)
+    kept = np.zeros(rows, dtype=bool)
+    kept[dataset.rows] = True
+    order = order[kept[order]]
+    count = max(1, round(size * len(order))) if size < 1 else int(size)
+    if count >= len(order):
+        raise DataError(
+            f"val_set_size: {size} would hold out {count:,} of {len(order):,} rows, and leave none to train "
+            "on. Take a smaller one, or name other data in `test_datasets`."
+        )
+    held = np.zeros(rows, dtype=bool)
+    held[order[:count]] = True
+    is_held = held[dataset.rows]
+    return dataset.subset(np.flatnonzero(~is_held)), dataset.subset(np.flatnonzero(is_held))
+
+
+# --- tokenising, or not -------------------------------------------------------------------------------------
+
+
+def _documents_of(
+    entries: Sequence[DatasetEntry], config: Config, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Store, str, bool]:
+    """The entries' documents, their cache key, and whether they were in the cache."""
+    for entry in entries:
+        kind_of_entry(entry)  # an unknown type is said before any data is read
+    opened = [open_rows(entry) for entry in entries]
+    key = cache_key(entries, [rows.fingerprint for rows in opened], tokenizer, config)
+    folder = cache_folder(config) / key
+    store = open_store(folder)
+    if store is not None:
+        return store, key, True
+    try:
+        with Writer(folder) as writer:
+            return _tokenise_all(writer, entries, opened, config, tokenizer), key, False
+    except OSError as error:
+        log.warning(
+            "the cache folder %s cannot be written (%s): this run keeps its tokens in memory, and the next "
+            "one tokenises again. `dataset_prepared_path` names another folder.",
+            folder.parent,
+            error.strerror or error,
+        )
+    with Writer(None) as writer:
+        return _tokenise_all(writer, entries, opened, config, tokenizer), key, False
+
+
+def _tokenise_all(
+    writer: Writer,
+    entries: Sequence[DatasetEntry],
+    opened: Sequence[Rows],
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Store:
+    from luthier.data.render import Renderer
+
+    tokeniser = Tokeniser(Renderer(tokenizer, config), config)
+    vocabulary = len(tokenizer)
+    sources = []
+    first_number = 0
+    for entry, rows in zip(entries, opened, strict=True):
+        if kind_of_entry(entry) != "tokens":
+            tokeniser.renderer.check(entry)
+        source = SourceReport(entry.path, _type_name(entry), rows.fingerprint)
+        unused: set[str] = set()
+        for chunk in tokenise(tokeniser, entry, rows, first_number, config.data.dataset_processes):
+            if (
+                kind_of_entry(entry) == "tokens"
+                and len(chunk.input_ids)
+                and chunk.input_ids.max() >= vocabulary
+            ):
+                raise DataError(_beyond_vocabulary(chunk.input_ids, chunk.documents, chunk.files, vocabulary))
+            writer.add(chunk)
+            source.rows += chunk.rows
+            source.kept += len(chunk.documents)
+            source.tokens += len(chunk.input_ids)
+            source.trained_tokens += int(chunk.documents["trained"].sum())
+            source.longest = max(source.longest, int(chunk.documents["length"].max(initial=0)))
+            merge_tallies(source.dropped, chunk.dropped)
+            merge_tallies(source.notes, chunk.notes)
+            unused |= chunk.columns
+        source.unused_columns = sorted(unused)
+        first_number += source.rows
+        _check_not_empty(source)
+        sources.append(source)
+    return writer.finish({"sources": [source.to_json() for source in sources]})
+
+
+def _type_name(entry: DatasetEntry) -> str:
+    if entry.type is None:
+        return "tokens"
+    return "your own prompt" if isinstance(entry.type, UserPrompt) else entry.type
+
+
+def _check_not_empty(source: SourceReport) -> None:
+    if source.kept:
+        return
+    if not source.rows:
+        raise DataError(f"{source.path}: there are no rows in it.")
+    reasons = "; ".join(
+        f"{tally.count:,} {reason}, {tally.where()}" for reason, tally in source.dropped.items()
+    )
+    raise DataError(
+        f"{source.path}: nothing in it can be trained: all of its {source.rows:,} rows are left out "
+        f"({reasons})."
+    )
+
+
+def _beyond_vocabulary(
+    ids: npt.NDArray[np.int32], documents: npt.NDArray[np.void], files: list[str], vocabulary: int
+) -> str:
+    at = int(np.argmax(ids >= vocabulary))
+    document = documents[int(np.searchsorted(np.cumsum(documents["length"]), at, side="right"))]
+    return (
+        f"{files[document['file']]}:{document['line']}: `input_ids` holds {ids[at]}, and the tokenizer has "
+        f"ids below {vocabulary} only. These rows were made with another tokenizer."
+    )

@@ -90,6 +90,10 @@ class StepLoader:
             seeds = [((self.seed * 1_000_003 + step.epoch) * 1_000_003 + row) % 2**40 for row in rows]
             yield make_batch(self.dataset, rows, seeds, device)
 
+    def locations(self, step: Step) -> list[str]:
+        """Where the rows of a step are, as file:line."""
+        return [self.dataset.location(row) for row in step.rows]
+
     def _order(self, epoch: int) -> np.ndarray:
         if not self.shuffle:
             return np.arange(len(self._groups))

@@ -43,8 +43,9 @@ def adapter_tensors(model: nn.Module, modules_to_save: tuple[str, ...] | list[st
     return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
 
 
-def save_adapter(model: PreTrainedModel, folder: Path, *, base_model: str, revision: str | None,
-                 adapter: AdapterConfig) -> None:
+def save_adapter(
+    model: PreTrainedModel, folder: Path, *, base_model: str, revision: str | None, adapter: AdapterConfig
+) -> None:
     """Write the two files into an existing folder."""
     modules_to_save = list(adapter.lora_modules_to_save)
     save_file(adapter_tensors(model, modules_to_save), folder / WEIGHTS, metadata={"format": "pt"})

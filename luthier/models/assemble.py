@@ -75,9 +75,11 @@ def _check_added_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 
 
 def _checkpoint_layers(model: PreTrainedModel) -> None:
+    # transformers renamed it; the old name warns from then on
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     try:
         # Every random draw is seeded by document, so there is no state to restore for the second computation.
-        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        enable({"use_reentrant": False, "preserve_rng_state": False})
     except ValueError as error:
         raise ModelError(f"gradient_checkpointing: {type(model).__name__} does not support it") from error
 

@@ -9,6 +9,7 @@ the same gradients however it is cut into passes.
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ def load_model(
     """
     model_config = read_model_config(config.model)
     auto_class = _model_class(config.model, model_config)
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     if config.model.trust_remote_code:
         log.warning("trust_remote_code: code that comes with %s is run", config.model.base_model)
     arguments: dict[str, Any] = dict(

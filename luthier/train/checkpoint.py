@@ -120,6 +120,7 @@ class Checkpoints:
             files = {p.relative_to(partial).as_posix(): _checksum(p) for p in sorted(partial.rglob("*")) if p.is_file()}
             written = {**asdict(state), "job": self.job, "optimizer_values": others, "files": files}
             (partial / STATE).write_text(json.dumps(written, indent=1), encoding="utf-8")
+            share(partial)
             for path in partial.rglob("*"):
                 _flush(path)
             partial.rename(final)
@@ -226,6 +227,15 @@ def optimizer_by_name(
             else:
                 others[key] = value
     return tensors, others
+
+
+def share(folder: Path) -> None:
+    """Give the files of a folder the permissions that the user's umask gives new files."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
 
 
 def _random_state() -> dict[str, torch.Tensor | None]:

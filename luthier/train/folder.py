@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from luthier.config import Config
@@ -62,6 +63,24 @@ def _checkpoint_to_resume(folder: Path, resume: str | bool | None) -> Path | Non
     if problem := checkpoint.damage(path):
         raise RunError(f"resume_from_checkpoint: {path} cannot be used: {problem}")
     return path
+
+
+def publish(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder beside the result, then move its files to the top of the run folder.
+
+    Each file appears whole or not at all, and readable as any file that the user makes: some writers leave
+    theirs to the owner alone.
+    """
+    partial = folder / ".partial-result"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        write(partial)
+        checkpoint.share(partial)
+        for path in sorted(partial.iterdir()):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _try_writing(folder: Path) -> None:

@@ -38,6 +38,7 @@ class Loader(Protocol):
 
     def step(self, index: int) -> Any: ...
     def batches(self, step: Any, device: torch.device) -> Iterable[Any]: ...
+    def locations(self, step: Any) -> list[str]: ...
 
 
 class Masters(Protocol):
@@ -117,7 +118,7 @@ def fit(
             correct += hits.sum()
         step_loss = float(loss)
         if not math.isfinite(step_loss):
-            raise RunError(_not_finite(step_loss, state.step + 1, step.rows, checkpoints))
+            raise RunError(_not_finite(step_loss, state.step + 1, loader.locations(step), checkpoints))
 
         # 3. Clip, step, and copy the masters into the 16-bit parameters.
         scaler.unscale_(optimizer)
@@ -217,11 +218,11 @@ def overfitting_since(state: State) -> int | None:
     return best[0] if last[1] > best[1] and last[2] < best[2] else None
 
 
-def _not_finite(loss: float, step: int, rows: Sequence[int], checkpoints: Checkpoints) -> str:
+def _not_finite(loss: float, step: int, rows: list[str], checkpoints: Checkpoints) -> str:
     kept = latest(checkpoints.folder)
     return (
-        f"the loss is {loss} at step {step}; nothing of this step was applied. Its rows in the training set: "
-        f"{list(rows)[:16]}{' ...' if len(rows) > 16 else ''} (`luthier preview CONFIG --row N` shows one). "
+        f"the loss is {loss} at step {step}, and nothing of this step was applied. Its rows: "
+        f"{', '.join(rows[:16])}{f' and {len(rows) - 16} more' if len(rows) > 16 else ''}. "
         + (f"The last good checkpoint is {kept}. " if kept else "No checkpoint was written before it. ")
         + "Try a lower learning_rate, more warmup_steps, or bf16 instead of fp16."
     )

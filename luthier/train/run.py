@@ -40,7 +40,7 @@ from luthier.train import checkpoint
 from luthier.train.artifacts import plot_losses, write_environment, write_model_card
 from luthier.train.checkpoint import Checkpoints, State
 from luthier.train.files import write_text_atomic
-from luthier.train.folder import CONFIG, open_folder
+from luthier.train.folder import CONFIG, open_folder, publish
 from luthier.train.interrupt import Interrupt
 from luthier.train.loop import Plan, fit, overfitting_since
 from luthier.train.metrics import Recorder
@@ -89,8 +89,7 @@ def train(config: Config) -> RunResult:
 
     tokenizer = load_tokenizer(config)
     data = prepare(config, tokenizer)
-    for line in data.report.lines():
-        log.info("%s", line)
+    data.report.log()
     model, dropout = build_model(config, tokenizer, device, dtype)
     policy = build_policy(model, dropout, config.data.sequence_len)
     masters = Masters(model)
@@ -159,7 +158,7 @@ def _finish(
         "final_loss": _last_loss(folder),
     }
     try:
-        checkpoints.write_model(folder)
+        publish(folder, checkpoints.write_model)
         write_model_card(folder, config, summary)
         plot_losses(folder)
     except OSError as error:

@@ -6,7 +6,7 @@ forget. A hit therefore needs no checking beyond that the files are whole; a fol
 
     <key>/input_ids.bin, labels.bin   int32, all documents end to end
     <key>/documents.npy               one record per document (tokenise.DOCUMENT)
-    <key>/parts.npy                   lengths of the documents inside of each (rows that were packed elsewhere)
+    <key>/parts.npy                   lengths of the documents inside of each (for rows packed elsewhere)
     <key>/meta.json                   sizes of the above, names of the data files, the report
 """
 

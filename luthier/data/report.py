@@ -42,8 +42,13 @@ class Tally:
         self.first = (self.first + other.first)[:_SHOWN]
 
     def where(self) -> str:
-        """ "first: rows.jsonl:17 (3105 tokens), rows.jsonl:40" """
-        places = [f"{location} ({detail})" if detail else location for location, detail in self.first]
+        """For messages: "first: rows.jsonl:17 (3,105 tokens), :40"; a file is named once."""
+        places, file = [], ""
+        for location, detail in self.first:
+            name, _, line = location.rpartition(":")
+            place = f":{line}" if name == file else location
+            places.append(f"{place} ({detail})" if detail else place)
+            file = name
         return "first: " + ", ".join(places) if places else ""
 
 
@@ -95,7 +100,10 @@ class SourceReport:
             "left out",
         )
         for reason, tally in self.dropped.items():
-            yield logging.WARNING, f"{self.path}: {tally.count:,} left out: {reason}; {tally.where()}"
+            yield (
+                logging.WARNING,
+                f"{self.path}: {tally.count:,} ({tally.count / self.rows:.1%}) left out: {reason}; {tally.where()}",
+            )
         for note, tally in self.notes.items():
             yield logging.INFO, f"{self.path}: {tally.count:,} {note}; {tally.where()}"
         if self.unused_columns:

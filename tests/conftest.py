@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 TOY_TEXT = [
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+    "Below is an instruction that describes a task. Write a response that completes the request.",
     "### Instruction:\nContinue the sequence.\n\n### Input:\n1, 1, 2, 3, 5\n\n### Response:\n8, 13, 21",
     "The quick brown fox jumps over the lazy dog; the five boxing wizards jump quickly.",
     "user assistant system tool: What is the capital of France? The capital of France is Paris.",

@@ -34,7 +34,7 @@ class UserPrompt(Section):
     field_system: str | None = None
     """Column of the system text. Default: `system`."""
     field: str | None = None
-    """Column that holds the whole text, for formats that have one column only."""
+    """Column of the whole text, for rows that are plain text; goes without `format`."""
 
 
 class DatasetEntry(Section):
@@ -67,7 +67,8 @@ class DatasetEntry(Section):
     field_system: str | None = None
     """Column of the system text. Default: `system`."""
     field_messages: str | None = None
-    """Column of the messages, for `chat_template`. Default: `messages`."""
+    """Column of the messages, for `chat_template`. Default: `messages`, or `conversations` where that is
+    there instead."""
     field_tools: str | None = None
     """Column of the tool descriptions, for `chat_template`. Default: `tools`."""
     message_property_mappings: dict[str, str] = {}

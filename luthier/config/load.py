@@ -9,8 +9,9 @@ derived.
 from __future__ import annotations
 
 import copy
+import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -86,7 +87,7 @@ class Config(Sections):
         raise_problems("config", problems)
         sections = {name: getattr(self, name).model_copy(update=update) for name, update in updates.items()}
         changed = self.model_copy(update=sections)
-        changed._origins = self._origins | {key: f"derived: {reason}" for key in flat}
+        changed._origins = self._origins | dict.fromkeys(flat, f"derived: {reason}")
         return changed
 
     @classmethod
@@ -120,8 +121,12 @@ class Config(Sections):
             clean[SECTION_OF[key]][key] = _STAND_INS[key]
 
         config = cls.model_validate({name: section(**clean[name]) for name, section in SECTIONS.items()})
-        for problem in rules.contradictions(config.flat(), written):
-            report((problem.key,), problem.message)
+        # A key that is in doubt (invalid, or probably meant by an unknown one) is named in a message already.
+        # What names it as well would be a mere consequence, such as `lora_r` without the misspelt `adapter`.
+        doubtful = _keys_named_in(problem.message for problem in problems)
+        for contradiction in rules.contradictions(config.flat(), written):
+            if not doubtful & _keys_named_in([contradiction.message]):
+                report((contradiction.key,), contradiction.message)
         raise_problems(source.name, problems)
 
         inner = {path for path in (*lines, *touched) if len(path) > 1 and path[0] in written}
@@ -149,6 +154,10 @@ def raise_problems(name: str, problems: Sequence[Problem]) -> None:
     if len(lines) == 1:
         raise ConfigError(lines[0])
     raise ConfigError("\n".join([f"{name}: {len(lines)} problems", *(f"  {line}" for line in lines)]))
+
+
+def _keys_named_in(messages: Iterable[str]) -> set[str]:
+    return {word for message in messages for word in re.findall(r"\w+", message) if word in FIELDS}
 
 
 def _inside(path: Path_, outer: Sequence[Path_]) -> bool:

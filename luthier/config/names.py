@@ -28,6 +28,8 @@ ELSEWHERE: dict[str, str] = {
     "lora_target": "Write lora_target_modules, or `lora_target_linear: true` for all.",
     "lr_scheduler_type": "Write lr_scheduler.",
     "finetuning_type": "Write `adapter: lora`, or leave it out to train the model itself.",
+    "load_in_4bit": "Leave it out: quantised weights cannot be trained on.",
+    "load_in_8bit": "Leave it out: quantised weights cannot be trained on.",
     "dataset": "Write datasets, a list of entries with path and type.",
     "packing": "Write sample_packing.",
     "flash_attention": "Write `attn_implementation: flash_attention_2`.",
@@ -69,5 +71,11 @@ def unknown_key(key: str, value: Any, model: type[BaseModel] | None = None, show
 
 def nearest(key: str, known: Iterable[str]) -> str:
     """A sentence that names what was probably meant, or nothing."""
-    matches = difflib.get_close_matches(key.lower().replace("-", "_"), list(known), n=1, cutoff=0.7)
+    known = list(known)
+    plain = key.lower().replace("-", "_")
+    matches = difflib.get_close_matches(plain, known, n=1, cutoff=0.7)
+    # `pad` for pad_token, `epochs` for num_epochs
+    longer = [name for name in known if name.startswith(f"{plain}_") or name.endswith(f"_{plain}")]
+    if not matches and len(longer) == 1:
+        matches = longer
     return f" Did you mean {matches[0]}?" if matches else ""

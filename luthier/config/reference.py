@@ -108,8 +108,8 @@ A config is a YAML file with the keys below. Each can be overridden on the comma
 Unknown keys, values of another type and keys that contradict each other are errors, all reported at once with
 file and line.
 
-`luthier validate CONFIG` shows every value and where it came from; `luthier config-schema` prints a JSON Schema
-for editors.
+`luthier validate CONFIG` shows every value and where it came from; `luthier config-schema` prints a JSON
+Schema for editors.
 """
 
 

@@ -1,4 +1,8 @@
-"""What keys say together: contradictions between them, and values that follow from others."""
+"""What keys say together: contradictions between them, and values that follow from others.
+
+The message of a contradiction names every key that could resolve it: that is how one that merely follows from
+another mistake is recognised and left out of the report.
+"""
 
 from __future__ import annotations
 
@@ -117,7 +121,7 @@ NEEDS: tuple[Need, ...] = (
     Need(
         ("wandb_entity", "wandb_name", "wandb_job_type", "wandb_mode", "wandb_tags"),
         lambda c: bool(c["wandb_project"]) or "wandb" in c["report_to"],
-        "{key} does nothing unless Weights & Biases is on: write `report_to: wandb`, or leave {key} out.",
+        "{key} needs Weights & Biases: set wandb_project or `report_to: wandb`, or leave {key} out.",
     ),
 )
 

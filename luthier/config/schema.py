@@ -115,7 +115,8 @@ class FreezeConfig(Section):
     """Regular expressions; parameters whose full name begins with a match are trained, all others are
     frozen."""
     train_last_n_layers: Annotated[int | None, Field(ge=0)] = None
-    """Train the last n layers, the head and the embeddings, and freeze the layers before."""
+    """Train the last n layers, the head and, unless `freeze_embeddings`, the embeddings; the rest is
+    frozen."""
     freeze_embeddings: bool = False
     """Freeze the input embeddings."""
 
@@ -161,7 +162,7 @@ class TrainingConfig(Section):
     """Seed of everything random: data order, adapter, dropout."""
     max_tokens_per_pass: Annotated[int | None, Field(ge=1)] = None
     """Most tokens in one forward pass; a step is cut into as few passes as fit, which does not change its
-    result. Default: chosen from memory."""
+    result. Default: `micro_batch_size` x `sequence_len`."""
 
 
 class OutputConfig(Section):

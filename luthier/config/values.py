@@ -99,8 +99,12 @@ def accepts(annotation: Any, kind: type) -> bool:
 
 def expected(annotation: Any) -> str:
     """A type in the words of a person who writes YAML."""
+    branches = _branches(annotation)[0]
+    for branch in branches:
+        if get_origin(branch) is list and get_args(branch)[0] in branches:
+            return f"{expected(get_args(branch)[0])}, or a list of such"
     names: list[str] = []
-    for branch in _branches(annotation)[0]:
+    for branch in branches:
         names += [name for name in _names(branch) if name not in names]
     if "a whole number" in names and "a number" in names:
         names.remove("a whole number")

@@ -86,7 +86,11 @@ def read_file(path: str | Path) -> Source:
     try:
         raw = Path(path).read_bytes()
     except FileNotFoundError:
-        source.report("there is no such file.")
+        # `luthier train --lora_r 8 cfg.yml` takes the first argument for the file.
+        first = str(path).startswith("-") or "=" in str(path)
+        source.report(
+            "there is no such file." + (" The config comes first, overrides follow." if first else "")
+        )
         return source
     except IsADirectoryError:
         source.report("this is a folder; name a YAML file.")
@@ -115,6 +119,8 @@ def _read_text(text: str, source: Source) -> None:
             source.report("a config is a mapping, with lines such as `base_model: NAME`; this is not one.")
         else:
             source.values = _Builder(loader, source).mapping(root, ())
+    except RecursionError:
+        source.report("brackets are nested too deeply to be read.")
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         source.report(f"the character U+{ord(text[error.position]):04X} may not stand in YAML.", line)
@@ -143,6 +149,9 @@ def _syntax_message(error: yaml.MarkedYAMLError, text: str) -> str:
     return f"not valid YAML:{context}: {problem}.{hint}".replace("::", ":")
 
 
+_COLLECTIONS = ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")
+
+
 class _Builder:
     """Turns YAML nodes into plain values and writes down each one's line."""
 
@@ -159,6 +168,9 @@ class _Builder:
             raise yaml.composer.ComposerError(
                 None, None, "an alias stands inside its own anchor", node.start_mark
             )
+        if node.tag not in _COLLECTIONS:
+            message = f"the tag {node.tag} is not allowed in a config"
+            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
         self.open.add(id(node))
         try:
             if isinstance(node, yaml.SequenceNode):

@@ -155,6 +155,17 @@ class Engine:
 
         return TextDeltas(pieces)
 
+    def why_not(self, prompt_ids: Sequence[int]) -> str | None:
+        """Why this prompt cannot be answered; None if it can."""
+        if len(prompt_ids) == 0:
+            return "is empty: generation needs at least one token to start from"
+        if self.window is not None and len(prompt_ids) >= self.window:
+            return (
+                f"has {len(prompt_ids)} tokens and the model's context window {self.window}: "
+                "there is no room for an answer, shorten it"
+            )
+        return None
+
     def _rows(
         self,
         prompts: Sequence[Sequence[int]],
@@ -166,17 +177,12 @@ class Engine:
         for index, (prompt, draws) in enumerate(
             zip(prompts, row_streams(sampling.seed, prompts), strict=True)
         ):
-            which = f"prompt {index + 1} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
-            if len(prompt) == 0:
-                raise DataError(f"{which} is empty: generation needs at least one token to start from")
+            if (reason := self.why_not(prompt)) is not None:
+                which = f"prompt {index + 1} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
+                raise DataError(f"{which} {reason}")
             room = settings.max_new_tokens
             if self.window is not None:
                 room = min(room, self.window - len(prompt))
-            if room < 1:
-                raise DataError(
-                    f"{which} has {len(prompt)} tokens and the model's context window {self.window}: "
-                    "there is no room for an answer, shorten it"
-                )
             row = _Row(index, [int(token) for token in prompt], room, draws)
             if follow or sampling.stop:
                 row.text, row.watch = TextStream(self.tokenizer, row.prompt_ids), StopStrings(sampling.stop)

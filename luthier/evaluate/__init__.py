@@ -1,0 +1,1 @@
+"""What a run is worth: loss on held-out data, samples, exact answers."""

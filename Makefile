@@ -45,6 +45,8 @@ $(VENV)/installed-for-tests: $(VENV)/installed
 	@touch $@
 
 $(VENV)/pip:
+	@command -v $(PYTHON) >/dev/null || { \
+	echo "error: there is no $(PYTHON) here; name a Python from 3.11 on: make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
 	"error: Luthier needs Python 3.11 or later, and $(PYTHON) is %d.%d; name another one: make PYTHON=python3.12" % v[:2])'
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \

@@ -12,10 +12,9 @@ from luthier.config import Config
 from luthier.config.show import show_config
 
 NASTY = [
-    "", " a ", "a: b", "# no comment", "two\nlines\n", "yes", "null", "~", "1e5", "2024-01-01", "010", "12", "-",
-    "[a]",
-    "{a}", "'q'", '"q"', "back\\slash", "\u2028", "\x85", "\ufeff", "日本", "😀", "tab\there", "*a", "&a",
-    "!t", "a\r\nb", "{{ x }}", "%", "@", "`", "a #b", "é", "=", "<<", "\x7f", ".",
+    "", " a ", "a: b", "# no comment", "two\nlines\n", "yes", "null", "~", "1e5", "2024-01-01", "010", "12",
+    "-", "[a]", "{a}", "'q'", '"q"', "back\\slash", "\u2028", "\x85", "\ufeff", "日本", "😀", "tab\there",
+    "*a", "&a", "!t", "a\r\nb", "{{ x }}", "%", "@", "`", "a #b", "é", "=", "<<", "\x7f", ".",
 ]  # fmt: skip
 
 

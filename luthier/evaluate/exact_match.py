@@ -44,7 +44,7 @@ def is_exact(answer: str, expected: str) -> bool:
 def exact_match(
     answers: Sequence[str], expected: Sequence[str], groups: Sequence[str] | None = None
 ) -> ExactMatch:
-    """Score answers against what was expected; `groups` names the kind of each. ValueError: unlike lengths."""
+    """Score answers against what was expected; `groups` names the kind of each."""
     kinds = groups if groups is not None else ["all"] * len(answers)
     hits: dict[str, list[bool]] = defaultdict(list)
     wrong = []

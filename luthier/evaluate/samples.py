@@ -45,7 +45,7 @@ class Sampler:
             prompt.prompt_ids for prompt, reason in zip(self.prompts, skipped, strict=True) if not reason
         ]
         completions = iter(engine.generate(answered, self.sampling))
-        settings = self.sampling.described(engine.model)
+        settings = engine.described(self.sampling)
         rows = []
         for prompt, reason in zip(self.prompts, skipped, strict=True):
             row: dict[str, Any] = {

@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 from luthier.errors import DataError
-from luthier.generate.sampling import Chooser, Sampling, row_streams
+from luthier.generate.sampling import DEFAULT_NEW_TOKENS, Chooser, Sampling, row_streams
 from luthier.generate.text import StopStrings, TextStream, continuation
 
 MAX_CACHED_TOKENS = 16384  # over all rows of a batch: 2 GiB of keys and values for an 8B Llama in bf16
@@ -93,6 +93,7 @@ class Engine:
     """Generates with one model. It may be in training: mode and cache setting are put back after every call.
 
     `terminators`: ids that end a text; None takes those of the model's GenerationConfig.
+    `default_new_tokens`: longest answer where neither a call nor the model's GenerationConfig says.
     `max_cached_tokens`: prompt and new tokens of a batch, over all its rows; a single row may exceed it.
     """
 
@@ -101,11 +102,13 @@ class Engine:
         model: Any,
         tokenizer: Any,
         terminators: Sequence[int] | None = None,
+        default_new_tokens: int = DEFAULT_NEW_TOKENS,
         max_cached_tokens: int = MAX_CACHED_TOKENS,
     ):
         self.model = model
         self.tokenizer = tokenizer
         self.terminators = frozenset(default_terminators(model) if terminators is None else terminators)
+        self.default_new_tokens = default_new_tokens
         self.max_cached_tokens = max_cached_tokens
         self.window: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         parameters = inspect.signature(model.forward).parameters
@@ -127,7 +130,7 @@ class Engine:
         DataError: a prompt is empty, or leaves no room in the model's context window.
         """
         sampling = sampling or Sampling()
-        settings = sampling.resolve(self.model)
+        settings = sampling.resolve(self.model, self.default_new_tokens)
         rows = self._rows(prompts, sampling, settings)
         completions: dict[int, Completion] = {}
         with _evaluating(self.model):
@@ -142,7 +145,7 @@ class Engine:
     def stream(self, prompt_ids: Sequence[int], sampling: Sampling | None = None) -> TextDeltas:
         """One answer in pieces that never split a character; joined they are its completion's text."""
         sampling = sampling or Sampling()
-        settings = sampling.resolve(self.model)
+        settings = sampling.resolve(self.model, self.default_new_tokens)
         rows = self._rows([prompt_ids], sampling, settings, follow=True)
 
         def pieces(deltas: TextDeltas) -> Iterator[str]:
@@ -154,6 +157,16 @@ class Engine:
                         yield row.piece
 
         return TextDeltas(pieces)
+
+    def described(self, sampling: Sampling) -> dict[str, Any]:
+        """The values as they will be used, for a table; greedy is temperature 0 and top_p 1."""
+        resolved = sampling.resolve(self.model, self.default_new_tokens)
+        greedy = not resolved.do_sample
+        return {
+            "max_new_tokens": resolved.max_new_tokens,
+            "temperature": 0.0 if greedy else resolved.temperature,
+            "top_p": 1.0 if greedy else resolved.top_p,
+        }
 
     def why_not(self, prompt_ids: Sequence[int]) -> str | None:
         """Why this prompt cannot be answered; None if it can."""

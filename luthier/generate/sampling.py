@@ -97,7 +97,7 @@ class Sampling:
             seed=seed,
         )
 
-    def resolve(self, model: Any) -> GenerationConfig:
+    def resolve(self, model: Any, new_tokens: int = DEFAULT_NEW_TOKENS) -> GenerationConfig:
         """The model's GenerationConfig with these values over it and transformers' defaults under it.
 
         `max_length` of old checkpoints is not read: it counts the prompt as well, and is the context window
@@ -119,7 +119,7 @@ class Sampling:
             "repetition_penalty": self.repetition_penalty,
         }
         defaults = {
-            "max_new_tokens": DEFAULT_NEW_TOKENS,
+            "max_new_tokens": new_tokens,
             "do_sample": False,
             "temperature": 1.0,
             "top_p": 1.0,
@@ -132,16 +132,6 @@ class Sampling:
                 setattr(resolved, name, defaults[name])
         resolved.num_beams = 1
         return resolved
-
-    def described(self, model: Any) -> dict[str, Any]:
-        """The values as they will be used, for a table; greedy is temperature 0 and top_p 1."""
-        resolved = self.resolve(model)
-        greedy = not resolved.do_sample
-        return {
-            "max_new_tokens": resolved.max_new_tokens,
-            "temperature": 0.0 if greedy else resolved.temperature,
-            "top_p": 1.0 if greedy else resolved.top_p,
-        }
 
 
 def row_streams(seed: int | None, prompts: Sequence[Sequence[int]]) -> list[random.Random]:

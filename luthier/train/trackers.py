@@ -190,10 +190,8 @@ def _table_trackio(tracker: Any, rows: Sequence[Any], everything: Sequence[Any],
 def _table_mlflow(tracker: Any, rows: Sequence[Any], everything: Sequence[Any], step: int) -> None:
     import mlflow
 
-    names = _columns(everything)
-    mlflow.log_dict(
-        {"columns": names, "data": [[row.get(name) for name in names] for row in everything]}, "samples.json"
-    )
+    # Appended to what is there. All columns: the later rows of a table cannot have more than the first.
+    mlflow.log_table({name: [row.get(name) for row in rows] for name in COLUMNS}, "samples.json")
 
 
 _BUILD: dict[str, Callable[[LoggingConfig, Path], Any]] = {

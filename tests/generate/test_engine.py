@@ -135,7 +135,8 @@ def test_ended_rows_leave_the_batch(llama: Any, byte_tokenizer: Any) -> None:
         Engine(llama, byte_tokenizer, terminators).generate(prompts, Sampling(max_new_tokens=30))
     finally:
         hook.remove()
-    assert rows[0] == 8 and rows[-1] < 4
+    assert rows[0] == 8
+    assert rows[-1] < 4
 
 
 def test_stop_strings_end_a_text_and_are_not_in_it(llama: Any, byte_tokenizer: Any) -> None:
@@ -145,7 +146,8 @@ def test_stop_strings_end_a_text_and_are_not_in_it(llama: Any, byte_tokenizer: A
     stop = free[1].text[5:8]
     stopped = engine.generate(prompts, Sampling(max_new_tokens=30, stop=(stop, "never there")))
     assert stopped[1].text == free[1].text[: free[1].text.index(stop)]
-    assert stopped[1].finish_reason == "stop" and len(stopped[1].token_ids) < 30
+    assert stopped[1].finish_reason == "stop"
+    assert len(stopped[1].token_ids) < 30
     assert free[1].token_ids[: len(stopped[1].token_ids)] == stopped[1].token_ids
 
 
@@ -161,15 +163,18 @@ def test_stream_gives_whole_characters_and_the_same_text(
     assert "".join(pieces) == text
     assert all("\ufffd" not in piece and piece for piece in pieces)
     assert len(pieces) == len(text)  # one token is one byte: every character comes as soon as it is whole
-    assert deltas.completion is not None and deltas.completion.text == text
-    assert deltas.completion.finish_reason == "stop" and deltas.completion.token_ids[-1] == 2
+    assert deltas.completion is not None
+    assert deltas.completion.text == text
+    assert deltas.completion.finish_reason == "stop"
+    assert deltas.completion.token_ids[-1] == 2
 
 
 def test_stream_holds_back_what_may_become_a_stop_string(parrot: Any, byte_tokenizer: Any) -> None:
     model = parrot(byte_tokenizer("one\nUs or two\nUser: three")["input_ids"])
     deltas = Engine(model, byte_tokenizer, [2]).stream([5], Sampling(max_new_tokens=100, stop=("\nUser:",)))
     assert "".join(deltas) == "one\nUs or two"
-    assert deltas.completion is not None and deltas.completion.text == "one\nUs or two"
+    assert deltas.completion is not None
+    assert deltas.completion.text == "one\nUs or two"
 
 
 def test_stream_shows_a_text_cut_in_the_middle_of_a_character(parrot: Any, byte_tokenizer: Any) -> None:
@@ -193,7 +198,8 @@ def test_a_sampled_text_depends_on_seed_and_prompt_only(llama: Any, byte_tokeniz
     assert streamed.completion == together[3]
     assert engine.generate(prompts, Sampling(max_new_tokens=12, temperature=0.8, seed=8)) != together
     twice = engine.generate([prompts[0], prompts[0]], sampling)
-    assert twice[0] == together[0] and twice[0].token_ids != twice[1].token_ids
+    assert twice[0] == together[0]
+    assert twice[0].token_ids != twice[1].token_ids
 
 
 def test_sampling_draws_what_the_probabilities_say(llama: Any, byte_tokenizer: Any) -> None:
@@ -214,13 +220,13 @@ def test_the_models_own_defaults_are_read(toy_model: Any, byte_tokenizer: Any) -
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=0.3, top_p=0.7, max_new_tokens=9, eos_token_id=[2, 3]
     )
-    assert Sampling().described(model) == {"max_new_tokens": 9, "temperature": 0.3, "top_p": 0.7}
-    assert Sampling(temperature=0).described(model)["temperature"] == 0.0
     engine = Engine(model, byte_tokenizer)
+    assert engine.described(Sampling()) == {"max_new_tokens": 9, "temperature": 0.3, "top_p": 0.7}
+    assert engine.described(Sampling(temperature=0))["temperature"] == 0.0
     assert engine.terminators == {2, 3}
     assert engine.generate(some_prompts(lengths=(5,)), Sampling(seed=1))[0].token_ids != []
-    bare = Sampling(top_p=0.5).described(toy_model("llama"))
-    assert bare == {"max_new_tokens": 128, "temperature": 1.0, "top_p": 0.5}
+    bare = Engine(toy_model("llama"), byte_tokenizer)
+    assert bare.described(Sampling(top_p=0.5)) == {"max_new_tokens": 128, "temperature": 1.0, "top_p": 0.5}
 
 
 def test_the_model_is_as_it_was(toy_model: Any, byte_tokenizer: Any) -> None:
@@ -238,7 +244,8 @@ def test_the_model_is_as_it_was(toy_model: Any, byte_tokenizer: Any) -> None:
     assert torch.is_grad_enabled()
     stream.close()
     assert [module.training for module in model.modules()] == flags
-    assert model.config.use_cache is False and model(torch.tensor([[5, 6]])).logits.requires_grad
+    assert model.config.use_cache is False
+    assert model(torch.tensor([[5, 6]])).logits.requires_grad
 
 
 def test_progress_and_empty_lists(llama: Any, byte_tokenizer: Any) -> None:
@@ -257,5 +264,5 @@ def test_what_a_user_can_mend_is_said(llama: Any, byte_tokenizer: Any) -> None:
         engine.stream([5] * 128)
     cut = engine.generate([[5] * 120], Sampling(max_new_tokens=50, stop=()))[0]
     assert len(cut.token_ids) <= 8
-    with pytest.raises(ConfigError, match="top_p must be above 0.*top_k must be 0"):
+    with pytest.raises(ConfigError, match=r"top_p must be above 0.*top_k must be 0"):
         Sampling(top_p=1.5, top_k=-1)

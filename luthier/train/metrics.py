@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -23,6 +23,8 @@ METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
 # Everything that also wants the rows: (row, step).
 Sink = Callable[[dict[str, Any], int], None]
+# (sample rows, step)
+SampleSink = Callable[[list[dict[str, Any]], int], None]
 
 
 class Recorder:
@@ -30,12 +32,16 @@ class Recorder:
 
     Args:
         folder: the run folder. total_steps: for the bar and the ETA. from_step: rows after it are dropped.
-        sinks: trackers.
+        sinks, sample_sinks: trackers.
     """
 
-    def __init__(self, folder: Path, total_steps: int, *, from_step: int = 0, sinks: list[Sink] | None = None) -> None:
+    def __init__(
+        self, folder: Path, total_steps: int, *, from_step: int = 0, sinks: Sequence[Sink] = (),
+        sample_sinks: Sequence[SampleSink] = (),
+    ) -> None:
         self.total_steps = total_steps
-        self.sinks = sinks or []
+        self.sinks = sinks
+        self.sample_sinks = sample_sinks
         drop_rows_after(folder / METRICS, from_step)
         drop_rows_after(folder / SAMPLES, from_step)
         self._metrics: TextIO = (folder / METRICS).open("a", encoding="utf-8")
@@ -90,11 +96,14 @@ class Recorder:
         with self._samples.open("a", encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        for sink in self.sample_sinks:
+            sink(rows, int(rows[0]["step"]) if rows else 0)
         for row in rows:
             ended = "" if row["stopped"] else "  [cut off]"
             self.say(f"sample at step {row['step']}: {_short(row['prompt'])} -> {_short(row['text'])}{ended}")
         if rows:
             stopped = sum(bool(row["stopped"]) for row in rows)
+            self._write({"step": rows[0]["step"], "samples_stopped": stopped / len(rows)})
             self.say(f"{stopped} of {len(rows)} samples ended by themselves")
 
     def say(self, line: str) -> None:

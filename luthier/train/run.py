@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -111,7 +112,9 @@ def train(config: Config) -> RunResult:
     evaluate, sample = _evaluators(config, data, policy, model, tokenizer, device)
     with (
         Interrupt() as interrupt,
-        Recorder(folder, total_steps, from_step=state.step, sinks=[trackers.log]) as recorder,
+        Recorder(
+            folder, total_steps, from_step=state.step, sinks=[trackers.log], sample_sinks=[trackers.log_samples]
+        ) as recorder,
     ):
         if state.step < total_steps:
             log.info("%.1f seconds to the first step", time.perf_counter() - began)
@@ -275,7 +278,7 @@ def _job(config: Config, data: PreparedData, masters: Masters, loader: StepLoade
     """What a checkpoint must agree on with the run that goes on from it."""
     return {
         "base_model": config.model.base_model,
-        "data": data.fingerprint,
+        "data": hashlib.sha256(data.train.digests.tobytes() + data.train.trained.tobytes()).hexdigest(),
         "rows_per_step": loader.rows_per_step,
         "seed": config.training.seed,
         "optimizer": config.training.optimizer,

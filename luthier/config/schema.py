@@ -20,7 +20,6 @@ Switch = bool | Literal["auto"] | None
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 Count = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 Interval = Annotated[int | float | None, Field(gt=0)]
 
 

@@ -146,6 +146,14 @@ def _shielded(call: Callable[[], Any], debug: bool) -> int:
         # Whoever read our output has had enough (`| head`); Python must not complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        # The system refuses: a full disk, a folder without permission. The modules name the common cases
+        # better.
+        if debug:
+            traceback.print_exc()
+        where = f"{error.filename}: " if error.filename else ""
+        _say(f"error: {where}{error.strerror or error}" + ("" if debug else " (--debug shows where)"))
+        return 1
     except Exception as error:
         if debug:
             traceback.print_exc()

@@ -146,6 +146,7 @@ def test_other_verbs_pass_overrides_through(verb, config):
         (LuthierError("mend it"), 1, "error: mend it\n"),
         (DataError("d.jsonl:3: no output"), 1, "error: d.jsonl:3: no output\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (OSError(28, "No space left on device", "out/x"), 1, "error: out/x: No space left on device"),
         (ValueError("odd"), 1, "internal error: ValueError: odd"),
     ],
 )
@@ -159,7 +160,7 @@ def test_errors(verb, config, capfd, name, error, status, message, debug):
     err = capfd.readouterr().err
     assert message in err
     assert ("Traceback" in err) == debug
-    assert ("--debug" in err) == (isinstance(error, ValueError) and not debug)
+    assert ("--debug" in err) == (isinstance(error, ValueError | OSError) and not debug)
 
 
 def test_status_of_a_verb_is_the_status_of_the_process(verb, config):

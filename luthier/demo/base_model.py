@@ -231,8 +231,8 @@ library_name: transformers
 
 A language model small enough to be part of a Python package: {parameters:,} parameters, Llama architecture
 ({config.num_hidden_layers} layers, hidden size {config.hidden_size}, {config.num_attention_heads} heads with
-{config.num_key_value_heads} key/value heads, tied embeddings), {config.vocab_size:,} tokens of byte-level BPE in
-which every digit is a token of its own. Weights are stored in 16 bit (fp16).
+{config.num_key_value_heads} key/value heads, tied embeddings), {config.vocab_size:,} tokens of byte-level BPE,
+with every digit a token of its own. Weights are stored in 16 bit (fp16).
 
 It was trained from scratch on {tokens:,} tokens of text that the package's own scripts write (`corpus.py`,
 `stories.py`, `lessons.py`): little stories, facts of a made-up island, letters, talks in shops, and exercises

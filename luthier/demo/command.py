@@ -22,6 +22,7 @@ from rich.table import Table
 
 from luthier.config import Config
 from luthier.errors import RunError
+from luthier.evaluate.exact_match import exact_match, is_exact
 
 ANSWERS = "demo-answers.jsonl"
 MAX_NEW_TOKENS = 24
@@ -131,28 +132,20 @@ def answers(model_path: str, config: Config, questions: list[Question], console:
     return [done.text if done.finish_reason == "stop" else f"{done.text} ..." for done in completions]
 
 
-def accuracy(questions: list[Question], given: list[str]) -> dict[str, float]:
-    """Share of exactly right answers per kind of task, in the order of the names."""
-    right: dict[str, list[bool]] = {}
-    for question, answer in zip(questions, given, strict=True):
-        right.setdefault(question.task, []).append(answer == question.output)
-    return {task: sum(hits) / len(hits) for task, hits in sorted(right.items())}
-
-
 def accuracy_table(questions: list[Question], before: list[str], after: list[str]) -> Table:
     """Exact-match accuracy per kind of task and over all questions."""
+    expected, tasks = [q.output for q in questions], [q.task for q in questions]
+    was, now = exact_match(before, expected, tasks), exact_match(after, expected, tasks)
     table = Table(title="Exactly right answers to held-out questions")
     table.add_column("task")
     for column in ("questions", "before", "after"):
         table.add_column(column, justify="right")
-    was, now = accuracy(questions, before), accuracy(questions, after)
-    for task in was:
-        count = sum(question.task == task for question in questions)
-        table.add_row(task, str(count), f"{was[task]:.1%}", f"{now[task]:.1%}")
+    for task in sorted(now.groups):
+        old, new = was.groups[task], now.groups[task]
+        table.add_row(task, str(new.total), f"{old.accuracy:.1%}", f"{new.accuracy:.1%}")
     table.add_section()
-    everything = [Question("all", q.instruction, q.input, q.output) for q in questions]
-    total = [accuracy(everything, given)["all"] for given in (before, after)]
-    table.add_row("all", str(len(questions)), *(f"[bold]{share:.1%}[/bold]" for share in total))
+    shares = (f"[bold]{score.overall.accuracy:.1%}[/bold]" for score in (was, now))
+    table.add_row("all", str(len(questions)), *shares)
     return table
 
 
@@ -167,7 +160,7 @@ def samples_table(questions: list[Question], before: list[str], after: list[str]
             continue
         shown.add(question.task)
         asked = f"{question.instruction}\n{question.input}".strip()
-        colour = "green" if new == question.output else "red"
+        colour = "green" if is_exact(new, question.output) else "red"
         table.add_row(escape(asked), escape(old), f"[{colour}]{escape(new)}[/{colour}]")
     return table
 

@@ -1,7 +1,8 @@
 """A chat template in use: conversations to text, and what can be learnt about the template by trying it out.
 
-Templates are programs that anyone may have written. What has to be known of one, such as the token that ends an
-answer, is found by rendering small conversations and looking at what comes out, never by reading its source.
+Templates are programs that anyone may have written. What has to be known of one, such as the token that ends
+an answer, is found by rendering small conversations and looking at what comes out, never by reading its
+source.
 """
 
 from __future__ import annotations
@@ -21,18 +22,25 @@ Message = dict[str, Any]
 Tools = list[dict[str, Any]] | None
 Span = tuple[int, int]
 
-ASK, REPLY, ASK_AGAIN, CALLED, RESULT, BRIEF = "Ask7", "Reply7", "AskAgain7", "called7", "Result7", "Brief7"
+ASK, REPLY, ASK_AGAIN, REPLY_AGAIN = "Ask7", "Reply7", "AskAgain7", "ReplyAgain7"
+CALLED, VALUE, RESULT, BRIEF = "called7", "Value7", "Result7", "Brief7"
 _USER: Message = {"role": "user", "content": ASK}
 _ANSWER: Message = {"role": "assistant", "content": REPLY}
 _CALL: Message = {
     "role": "assistant",
     "content": "",
-    "tool_calls": [{"id": "call00007", "type": "function", "function": {"name": CALLED, "arguments": {}}}],
+    "tool_calls": [
+        {"id": "call00007", "type": "function", "function": {"name": CALLED, "arguments": {"key": VALUE}}}
+    ],
 }
 _RESULT: Message = {"role": "tool", "name": CALLED, "tool_call_id": "call00007", "content": RESULT}
 _TOOL: dict[str, Any] = {
     "type": "function",
-    "function": {"name": CALLED, "description": "", "parameters": {"type": "object", "properties": {}}},
+    "function": {
+        "name": CALLED,
+        "description": "",
+        "parameters": {"type": "object", "properties": {"key": {"type": "string"}}},
+    },
 }
 
 _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -42,10 +50,11 @@ _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 class Habits:
     """What a template does around the contents of messages.
 
-    `endings` are the texts between an answer and the end of its terminator, `openings` per role the text between
-    such a message's content and the place from which an answer is generated, and `gaps` the first part of that:
-    what ends the message, before the header of the answer. `header` is that header, `before_answer` what the template
-    writes between it and the content of a last answer, `tail` all that stands behind the content.
+    `endings` are the texts between an answer and the end of its terminator, `openings` per role the text
+    between such a message's content and the place from which an answer is generated, and `gaps` the first
+    part of that: what ends the message, before the header of the answer. `header` is that header,
+    `before_answer` what the template writes between it and the content of a last answer, `tail` all that
+    stands behind the content.
     """
 
     endings: set[str] = field(default_factory=set)
@@ -89,7 +98,7 @@ class ChatTemplate:
         return _MARKS.search(self.source(tools)) is not None
 
     def text(self, messages: Sequence[Message], tools: Tools = None, header: bool = False) -> str:
-        """The conversation as text; with `header` also what an answer begins with (`add_generation_prompt`)."""
+        """The conversation as text; with `header` also what opens an answer (`add_generation_prompt`)."""
         return self._render(messages, tools, header, marks=False)[0]
 
     def text_and_marks(self, messages: Sequence[Message], tools: Tools = None) -> tuple[str, list[Span]]:
@@ -99,11 +108,30 @@ class ChatTemplate:
     def _render(
         self, messages: Sequence[Message], tools: Tools, header: bool, marks: bool
     ) -> tuple[str, list[Span]]:
-        import jinja2
-        from transformers.utils.chat_template_utils import render_jinja_template
+        if self._wants_parts:
+            messages = [_in_parts(message) for message in messages]
+        return self._render_as_is(messages, tools, header, marks)
 
+    @cached_property
+    def _wants_parts(self) -> bool:
+        """Whether contents have to be lists of parts, as some templates of models that see images want."""
+        plain, answers = [_USER, _ANSWER], []
+        for messages in (plain, [_in_parts(message) for message in plain]):
+            try:
+                answers.append(REPLY in self._render_as_is(messages, None, False, False)[0])
+            except DataError:
+                answers.append(False)
+        return answers == [False, True]
+
+    def _render_as_is(
+        self, messages: Sequence[Message], tools: Tools, header: bool, marks: bool
+    ) -> tuple[str, list[Span]]:
+        import jinja2
+        from transformers.utils import chat_template_utils
+
+        render: Any = chat_template_utils.render_jinja_template  # its annotations are not what it returns
         try:
-            texts, spans = render_jinja_template(
+            texts, spans = render(
                 conversations=[list(messages)],
                 tools=tools,
                 chat_template=self.source(tools),
@@ -157,29 +185,54 @@ class ChatTemplate:
         return found
 
     def _find_endings(self, found: Habits) -> None:
-        """The terminators: the first added token behind an answer, or what the user says it is."""
-        last = _any_of(set(self.eot_tokens)).search(found.tail) or self.added_tokens.search(found.tail)
-        if last is not None and last.group() != self.tokenizer.bos_token:
-            found.last_terminators.append(last.group())
-            found.endings.add(found.tail[: last.end()])
-        several = self._try(
-            [_USER, _ANSWER, {"role": "user", "content": ASK_AGAIN}, {**_ANSWER, "content": REPLY * 2}]
+        """The terminators, told by the added tokens that stand side by side behind an answer.
+
+        Of several the last one ends the turn (Cohere closes the response, then the turn), but only as far as
+        they also stand behind an answer in the middle: some templates put an EOS behind the whole
+        conversation.
+        """
+        question, answer = (
+            {"role": "user", "content": ASK_AGAIN},
+            {"role": "assistant", "content": REPLY_AGAIN},
         )
-        between = _between(several, REPLY, ASK_AGAIN)
-        matches = list(self.added_tokens.finditer(between))
+        middle = _between(self._try([_USER, _ANSWER, question, answer]), REPLY, ASK_AGAIN)
+        at_end, inside = self._run(found.tail), self._run(middle)
+        common = 0
+        while common < min(len(at_end), len(inside)) and at_end[common][0] == inside[common][0]:
+            common += 1
+        named = [match for match in at_end if match[0] in self.eot_tokens]
+        if end := (named or at_end[:common] or at_end)[-1:]:
+            token, place = end[0]
+            found.last_terminators.append(token)
+            found.endings.add(found.tail[:place])
         ends = {*found.last_terminators, *self.eot_tokens}
-        # A lone token before a question may be that question's header; it ends the answer if it is known to do so.
-        if matches and (matches[0].group() in ends or len(matches) > 1):
-            found.endings.add(between[: matches[0].end()])
-            if matches[0].group() not in ends:
-                found.terminators.append(matches[0].group())
-        called = _behind(self._try([_USER, _CALL], [_TOOL]), CALLED)
+        known = [match for match in inside if match[0] in ends]
+        # A lone token before a question may be that question's header, unless it is known to end answers.
+        if known or len(inside) > 1:
+            token, place = (known or inside)[0]
+            found.endings.add(middle[:place])
+            if token not in ends:
+                found.terminators.append(token)
+        called = _behind(self._try([_USER, _CALL], [_TOOL]), VALUE)
         if called:
-            known = _any_of({*found.last_terminators, *found.terminators, *self.eot_tokens}).search(called)
-            closing = [match.group() for match in self.added_tokens.finditer(called)]
-            if known is None and closing:
+            known_end = _any_of({*found.last_terminators, *found.terminators, *self.eot_tokens}).search(
+                called
+            )
+            closing = [match.group() for match in self.special_tokens.finditer(called)]
+            if known_end is None and closing:
                 found.last_terminators.append(closing[-1])
         found.terminators = [*found.last_terminators, *found.terminators]
+
+    def _run(self, text: str) -> list[tuple[str, int]]:
+        """The first added token of a text and those directly behind it, each with the place of its end."""
+        tokens: list[tuple[str, int]] = []
+        match = self.added_tokens.search(text)
+        while match is not None:
+            if match.group() == self.tokenizer.bos_token:
+                break  # a conversation in the style of Llama 2, which begins anew with each question
+            tokens.append((match.group(), match.end()))
+            match = self.added_tokens.match(text, match.end())
+        return tokens
 
     def _find_openings(self, found: Habits) -> None:
         before = {
@@ -200,8 +253,8 @@ class ChatTemplate:
                 found.gaps[role] = gap
         found.header = found.openings.get("user", "").removeprefix(found.gaps.get("user", ""))
         answered, opened = self._try([_USER, _ANSWER]), self._try([_USER], header=True)
-        if answered is not None and opened is not None and answered.startswith(opened):
-            found.before_answer = answered[len(opened) : answered.index(REPLY)]
+        if opened is not None and answered is not None and answered.startswith(opened):
+            found.before_answer = answered[len(opened) :].partition(REPLY)[0]
 
 
 def clean(messages: Sequence[Message]) -> list[Message]:
@@ -210,6 +263,13 @@ def clean(messages: Sequence[Message]) -> list[Message]:
         {key: value for key, value in message.items() if value is not None and key != "train"}
         for message in messages
     ]
+
+
+def _in_parts(message: Message) -> Message:
+    content = message.get("content")
+    return (
+        {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+    )
 
 
 def _any_of(tokens: set[str]) -> re.Pattern[str]:

@@ -1,9 +1,9 @@
 """Text to token ids, many texts at a time, with nothing added that the text does not hold.
 
 A document is tokenised in pieces (prompt, answer), so that the ids of the prompt are exactly those from which
-generation starts. Two habits of tokenizers stand in the way, and are found by trying them out: some put a token
-before every text (BOS), which belongs at the beginning of a document only; and some put a space before every text
-(Llama 2's `▁`), which would appear in the middle of a document where there is none.
+generation starts. Two habits of tokenizers stand in the way, and are found by trying them out: some put a
+token before every text (BOS), which belongs at the beginning of a document only; and some put a space before
+every text (Llama 2's `▁`), which would appear in the middle of a document where there is none.
 
 Fast tokenizers encode a whole batch in one call, in threads of their own; slow ones go text by text.
 """
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Put before a text to see it as a continuation. The second and third are for texts whose beginning merges with the first.
+# Put before a text to see it as a continuation; the later ones where a text merges with the first.
 _GUARDS = ("\n", "a", "=")
 _PROBES = ("b", "The", "x1", "é")
 
@@ -69,7 +69,7 @@ class TextEncoder:
             if missing:
                 for at, ids in zip(missing, self._behind(guard, [texts[at] for at in missing]), strict=True):
                     found[at] = ids
-        # No tokenizer is known whose tokens swallow every guard; the space before the text would be all that is wrong.
+        # No tokenizer is known that merges a text with each guard; a space would be all that is wrong.
         return [
             ids if ids is not None else self._call([text])[0] for ids, text in zip(found, texts, strict=True)
         ]
@@ -95,7 +95,7 @@ class TextEncoder:
                 encoding.ids
                 for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
             ]
-        # verbose: no warning about texts beyond the model's length; `excess_length_strategy` deals with those.
+        # verbose: no warning about texts beyond the model's length; `excess_length_strategy` is for those.
         return [
             list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in texts
         ]
@@ -104,8 +104,8 @@ class TextEncoder:
     def _backend(self) -> Any:
         """A copy of the fast tokenizer that neither cuts, pads nor trims.
 
-        Its post-processor is left out: without special tokens all it does is to move the offsets of tokens that begin
-        or end in spaces, and then a lone newline has no place in the text any more.
+        Its post-processor is left out: without special tokens all it does is to move the offsets of tokens
+        that begin or end in spaces, and then a lone newline has no place in the text any more.
         """
         from tokenizers import Tokenizer
 
@@ -126,8 +126,8 @@ class Encoded:
     def tokens(self, start: int, end: int) -> tuple[int, int]:
         """Range of the tokens that hold any of the characters `start:end`.
 
-        An added token that begins before `start` is not among them: it belongs to what stands before, and only took
-        in the spaces behind it (`rstrip`).
+        An added token that begins before `start` is not among them: it belongs to what stands before, and
+        only took in the spaces behind it (`rstrip`).
         """
         raise NotImplementedError
 
@@ -150,7 +150,7 @@ class _FastEncoded(Encoded):
 
 
 class _SlowEncoded(Encoded):
-    """Positions by encoding the text's beginning alone: a token that straddles the cut is the first that differs."""
+    """Positions by encoding the text's beginning alone: a token across the cut is the first that differs."""
 
     def __init__(self, encoder: TextEncoder, text: str) -> None:
         self._encoder = encoder

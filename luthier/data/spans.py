@@ -1,15 +1,15 @@
 """Which characters of a rendered conversation the model has to write itself.
 
-A template gives no account of where a message went: it trims, adds headers, drops the reasoning of earlier turns.
-But it can be asked again. A trained answer begins where the same conversation, cut off before it, ends with a
-generation header, and it ends with the token that ends its turn; both are found by rendering parts of the
-conversation, or by putting something else in a message's place and comparing with the full text.
+A template gives no account of where a message went: it trims, adds headers, drops the reasoning of earlier
+turns. But it can be asked again. A trained answer begins where the same conversation, cut off before it, ends
+with a generation header, and it ends with the token that ends its turn; both are found by rendering parts of
+the conversation, or by putting something else in a message's place and comparing with the full text.
 
-That takes two or three renders for every turn. The quick way takes one for all of them: it puts a mark that no text
-holds at each end of every content, renders once, and checks that without the marks it is the same text. Then what
-stands around an answer is compared with what the template is known to put there (`chat.Habits`); wherever
-something does not fit, the slow way decides. Where neither finds a turn, the row is an error: a wrong mask is worse
-than none.
+That takes two or three renders for every turn. The quick way takes one for all of them: it puts a mark that
+no text holds at each end of every content, renders once, and checks that without the marks it is the same
+text. Then what stands around an answer is compared with what the template is known to put there
+(`chat.Habits`); wherever something does not fit, the slow way decides. Where neither finds a turn, the row is
+an error: a wrong mask is worse than none.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from luthier.data.chat import ChatTemplate, Message, Span, Tools
 from luthier.errors import DataError
@@ -45,7 +46,7 @@ class TurnFinder:
     """Finds turns in the conversations of one template."""
 
     def __init__(self, template: ChatTemplate) -> None:
-        self._template = template
+        self.template = template
         self._quick_is_right = True
         self._compared = 0
 
@@ -59,10 +60,10 @@ class TurnFinder:
         """
         found: dict[int, Turn] = {}
         if self._quick_is_right and wanted:
-            quick = _Quick(self._template, messages, tools, full)
+            quick = _Quick(self.template, messages, tools, full)
             found = {at: turn for at in wanted if (turn := quick.turn(at)) is not None}
         missing = [at for at in wanted if at not in found]
-        slow = _Slow(self._template, messages, tools, full)
+        slow = _Slow(self.template, messages, tools, full)
         if found and self._compared < _COMPARED_ROWS:
             self._compare(found, slow)
         if not self._quick_is_right:
@@ -82,7 +83,7 @@ class TurnFinder:
             if exact != turn:
                 self._quick_is_right = False
                 log.info(
-                    "the chat template treats turns unevenly: each one is searched for by itself, which is slower"
+                    "the chat template treats turns unevenly: each is searched for by itself, which is slower"
                 )
                 return
 
@@ -102,8 +103,8 @@ class _Quick:
         return self._other(index)
 
     def _answer(self, index: int) -> Turn | None:
-        start = self._start(index)
-        if start is None:
+        start, content = self._start(index), self._at.get(2 * index)
+        if start is None or (content is not None and self._template.ends.search(self._full, start, content)):
             return None
         message = self._messages[index]
         content_end = self._at.get(2 * index + 1)
@@ -145,12 +146,13 @@ class _Quick:
         if gap is not None and (header := opening[len(gap) :]):
             for kept in _both_ways(_trailing(before)):
                 place = at + len(kept + gap)
-                if self._full.startswith(kept + gap, at) and (same := _same(self._full[place:], header)):
-                    return place + same
+                if self._full.startswith(kept + gap, at):
+                    part = _header_part(self._template, self._full[place:], header)
+                    return place + part if part else None
         return None
 
     def _other(self, index: int) -> Turn | None:
-        """Turns of other roles: their content, and a terminator that stands behind it before the next content."""
+        """Turns of other roles: their content, and a terminator between it and the next content."""
         start, end, limit = self._at.get(2 * index), self._at.get(2 * index + 1), self._limit(index)
         if start is None or end is None or limit is None or end < start:
             return None
@@ -183,6 +185,9 @@ class _Quick:
             found[number] = match.start() - count
         if _ANY_MARK.sub("", marked) != self._full:
             return {}
+        in_order = [found[number] for number in sorted(found)]
+        if in_order != sorted(in_order):
+            return {}  # Gemma 4 puts what an answer says beside a tool call behind the tool's result
         return {number: place for number, place in found.items() if number not in seen_twice}
 
 
@@ -199,29 +204,25 @@ class _Slow:
         if self._messages[index].get("role") == "assistant":
             return self._answer(index)
         start, end = self._region(index)
-        content = _text_of(self._messages[index])
-        if self._full[start:end].strip() not in content:
-            raise self._lost(index)
         limit = self._region(index + 1)[0] if index + 1 < len(self._messages) else len(self._full)
         match = self._template.ends.search(self._full, end, limit)
         return Turn(start, match.start() if match else end, match.span() if match else None)
 
     def _answer(self, index: int) -> Turn:
         message = self._messages[index]
-        start, limit = self._start(index), self._limit(index)
+        start, block_end = self._start(index), self._block_end(index)
+        limit = block_end if block_end is not None else self._region(index + 1)[0]
         search_from = start
         if self._template.ends.search(_text_of(message)):
             search_from = max(start, self._region(index)[1])  # an end inside the content is not the turn's
         matches = list(self._template.ends.finditer(self._full, search_from, limit))
         if matches:
             return Turn(start, matches[-1].start(), matches[-1].span())
-        if message.get("tool_calls"):
-            raise self._lost(index)
-        end = self._region(index)[1]
-        if not start <= end <= limit:
+        end = block_end if message.get("tool_calls") else self._region(index)[1]
+        if end is None or not start <= end <= limit:
             raise self._lost(index)
         if index + 1 < len(self._messages) and self._template.eot_tokens:
-            # The user knows of a token that ends turns and that the template counts with the next message (GLM 4).
+            # A token that ends turns, as the user says, and opens the next message for the template (GLM 4).
             behind = self._template.ends.search(self._full, end, self._region(index + 1)[0])
             if behind is not None and behind.group() in self._template.eot_tokens:
                 return Turn(start, behind.start(), behind.span())
@@ -234,29 +235,24 @@ class _Slow:
         closed = self._cut(index, header=False)
         if closed is not None and self._full.startswith(closed):
             header = opened[len(closed) :] if opened is not None and opened.startswith(closed) else ""
-            same = _same(self._full[len(closed) :], header)
-            if same:
-                return len(closed) + same
+            if part := _header_part(self._template, self._full[len(closed) :], header):
+                return len(closed) + part
         # Earlier turns read otherwise in the cut conversation: look for the header between the two contents.
         after = self._region(index - 1)[1] if index else 0
         before = self._region(index)[0] if not self._messages[index].get("tool_calls") else len(self._full)
         between = self._full[after : max(before, after)]
         header = self._template.habits.header
-        first_token = self._template.added_tokens.search(header)
-        # At least the header's first token has to be there; the rest may be missing, as an empty think block is.
-        for length in range(len(header), first_token.end() - 1 if first_token else len(header) - 1, -1):
-            if length and (place := between.find(header[:length])) >= 0:
+        for length in reversed(_header_cuts(self._template, header)):
+            if (place := between.find(header[:length])) >= 0:
                 return after + place + length
         raise self._lost(index)
 
-    def _limit(self, index: int) -> int:
-        """The end of the turn's block, or a place behind it and before the next content."""
+    def _block_end(self, index: int) -> int | None:
+        """The end of what the template writes for this message, if it writes the same when cut off there."""
         if index + 1 == len(self._messages):
             return len(self._full)
         block = self._cut(index + 1, header=False)
-        if block is not None and self._full.startswith(block):
-            return len(block)
-        return self._region(index + 1)[0]
+        return len(block) if block is not None and self._full.startswith(block) else None
 
     def _cut(self, count: int, header: bool) -> str | None:
         if count == 0:
@@ -276,7 +272,7 @@ class _Slow:
             other = self._template.text(changed, self._tools)
         except DataError:
             raise self._lost(index) from None
-        if _STAND_IN not in other:
+        if other.count(_STAND_IN) != 1:
             raise self._lost(index)
         start = _same(self._full, other)
         most = min(len(self._full), len(other)) - start
@@ -286,13 +282,14 @@ class _Slow:
     def _lost(self, index: int) -> DataError:
         role = self._messages[index].get("role")
         return DataError(
-            f"message {index + 1} ({role}): the chat template rewrites the conversation so that this turn cannot be found "
-            "in its text; mark what the model writes with {% generation %} in the template, or use another chat_template"
+            f"message {index + 1} ({role}): the chat template rewrites the conversation so that this turn "
+            "cannot be found in its text; mark what the model writes with {% generation %} in the template, or "
+            "use another chat_template"
         )
 
 
 def _same(first: str, second: str) -> int:
-    """Number of characters with which both begin, by halving: most of the work is a comparison of long slices."""
+    """Number of characters with which both begin, found by halving."""
     low, high = 0, min(len(first), len(second))
     while low < high:
         middle = (low + high + 1) // 2
@@ -301,6 +298,24 @@ def _same(first: str, second: str) -> int:
         else:
             high = middle - 1
     return low
+
+
+def _header_cuts(template: ChatTemplate, header: str) -> list[int]:
+    """Lengths to which a header may be cut: its lines, and its added tokens with what stands before them.
+
+    In earlier turns a template may leave out the rest of the header, as an empty think block.
+    """
+    first = template.added_tokens.search(header)
+    least = first.end() if first else len(header)
+    cuts = {at for match in template.added_tokens.finditer(header) for at in match.span()}
+    cuts |= {match.end() for match in re.finditer("\n", header)} | {len(header)}
+    return sorted(at for at in cuts if at >= least > 0)
+
+
+def _header_part(template: ChatTemplate, text: str, header: str) -> int:
+    """How much of a header a text begins with: all of it, or as far as it may be cut; 0 for none."""
+    same = _same(text, header)
+    return max((at for at in _header_cuts(template, header) if at <= same), default=0)
 
 
 def _both_ways(spaces: str) -> tuple[str, ...]:
@@ -324,7 +339,7 @@ def _trailing(message: Message) -> str:
 
 def _marked(message: Message, number: int) -> Message:
     """A copy with marks inside the outer spaces of its content, which templates may trim."""
-    content = message.get("content")
+    content: Any = message.get("content")
     first, last = chr(_FIRST_MARK + number), chr(_FIRST_MARK + number + 1)
     if isinstance(content, str) and (core := content.strip()):
         return {**message, "content": content.replace(core, first + core + last, 1)}

@@ -13,11 +13,10 @@ import itertools
 import logging
 import multiprocessing
 import os
-import re
 import signal
 import sys
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -85,15 +84,12 @@ class Tokeniser:
         """Raises DataError with the row's location, unless `skip_bad_rows` counts it."""
         builder = _Builder(entry, self.config, rows)
         examples = builder.examples()
-        before = self.renderer.special_text_rows
         rendered = self.renderer.render_each([example for _, _, example in examples], entry)
         for (number, location, example), result in zip(examples, rendered, strict=True):
             if isinstance(result, DataError):
                 builder.bad_row(location, result)
             else:
                 builder.add(number, location, example, result)
-        if self.renderer.special_text_rows > before:
-            builder.special_text(examples, self.renderer.tokenizer.all_special_tokens)
         return builder.done()
 
 
@@ -143,6 +139,8 @@ class _Builder:
         self._drop(said.BAD_ROW, location, text)
 
     def add(self, number: int, location: str, example: Example, rendered: Rendered) -> None:
+        for note, detail in rendered.notes:
+            self._note(note, location, detail)
         ids = np.asarray(rendered.input_ids, dtype=np.int32)
         labels = np.asarray(rendered.labels, dtype=np.int32)
         lengths = list(rendered.lengths) if rendered.lengths else [len(ids)]
@@ -203,16 +201,6 @@ class _Builder:
         self.documents.append((len(ids), trained, number, file, int(line), len(lengths), digest))
         self.parts += lengths
 
-    def special_text(self, examples: Iterable[tuple[int, str, Example]], tokens: Sequence[str]) -> None:
-        """Note the rows whose text holds the text of a special token."""
-        pattern = re.compile("|".join(map(re.escape, filter(None, tokens))))
-        for _, location, example in examples:
-            match = next(filter(None, map(pattern.search, _texts(example))), None)
-            if match is not None:
-                self._note(
-                    "rows with text that reads like a special token and becomes it", location, match[0]
-                )
-
     def done(self) -> Chunk:
         empty = [np.zeros(0, dtype=np.int32)]
         return Chunk(
@@ -245,12 +233,6 @@ def _split(length: int, limit: int) -> list[tuple[int, int]]:
 def _cut(lengths: list[int], limit: int) -> list[int]:
     ends = np.minimum(np.cumsum(lengths), limit)
     return [int(length) for length in np.diff(ends, prepend=0) if length]
-
-
-def _texts(example: Example) -> list[str]:
-    if isinstance(example, TextExample):
-        return [segment.text for segment in example.segments]
-    return [message["content"] for message in example.messages] if isinstance(example, ChatExample) else []
 
 
 def _why_untrained(example: Example, entry: DatasetEntry, length: int) -> str:

@@ -1,7 +1,7 @@
 """Loading a tokenizer as a config wants it, and the tokens at which generation stops.
 
-Whatever a config changes (special tokens, further tokens, the chat template) is set on the tokenizer itself, so that
-it is saved with the adapter and every other program that loads the folder sees the same.
+Whatever a config changes (special tokens, further tokens, the chat template) is set on the tokenizer itself,
+so that it is saved with the adapter and every other program that loads the folder sees the same.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         added = sorted(tokenizer.get_added_vocab(), key=tokenizer.get_added_vocab().__getitem__)
         hint = f" Tokens of this tokenizer that may be meant: {', '.join(added[:12])}." if added else ""
         raise ModelError(
-            f"the tokenizer of {source} has no EOS token, so no answer could end. Name it with special_tokens: "
-            f"{{eos_token: ...}}.{hint}"
+            f"the tokenizer of {source} has no EOS token, so no answer could end. Name it with "
+            f"special_tokens: {{eos_token: ...}}.{hint}"
         )
     _set_template(tokenizer, config)
     for token in config.data.eot_tokens or ():
@@ -54,22 +54,30 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
 
 
 def terminator_ids(tokenizer: PreTrainedTokenizerBase, config: Config) -> tuple[int, ...]:
-    """Ids at which generation stops: EOS, what ends an answer in the chat template, and `eot_tokens`."""
-    found = [tokenizer.eos_token_id]
-    eot_tokens = config.data.eot_tokens or ()
+    """Ids at which generation stops: EOS, what ends an answer in the chat templates, and `eot_tokens`."""
+    ends = list(config.data.eot_tokens or ())
     if tokenizer.chat_template:
-        overrides = {entry.chat_template for entry in config.data.datasets if is_chat(entry.type)} or {None}
-        for choice in sorted(overrides, key=str):
-            override = templates.chosen(choice, None, None)
-            template = ChatTemplate(
-                tokenizer,
-                override if isinstance(override, str) else None,
-                config.data.chat_template_kwargs,
-                eot_tokens,
-            )
-            found += [_single_token(tokenizer, token) for token in template.habits.last_terminators]
-    found += [_single_token(tokenizer, token) for token in eot_tokens]
-    return tuple(dict.fromkeys(number for number in found if number is not None))
+        choices = {entry.chat_template for entry in config.data.datasets if is_chat(entry.type)} or {None}
+        for choice in sorted(choices, key=str):
+            ends += chat_template_of(tokenizer, config, choice).habits.last_terminators
+    ids = [tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(token) for token in ends)]
+    return tuple(dict.fromkeys(number for number in ids if isinstance(number, int)))
+
+
+def chat_template_of(tokenizer: PreTrainedTokenizerBase, config: Config, choice: str | None) -> ChatTemplate:
+    """The template that a dataset entry chooses (None: the tokenizer's), ready to render.
+
+    Raises:
+        ConfigError: no such template.
+    """
+    own = tokenizer.chat_template
+    override = templates.chosen(choice, None, own)
+    return ChatTemplate(
+        tokenizer,
+        override if isinstance(override, str) and override != own else None,
+        config.data.chat_template_kwargs,
+        config.data.eot_tokens or (),
+    )
 
 
 def is_chat(kind: Any) -> bool:
@@ -91,8 +99,8 @@ def _load(config: Config) -> PreTrainedTokenizerBase:
     if folder.is_dir():
         if not any((folder / name).exists() for name in _TOKENIZER_FILES):
             raise ModelError(
-                f"{source} holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); name another place with "
-                "tokenizer_config"
+                f"{source} holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); name another place "
+                "with tokenizer_config"
             )
     elif folder.exists() or source.startswith(("/", ".", "~")) or source.count("/") > 1:
         what = "is a file, not a folder" if folder.exists() else "does not exist"
@@ -173,7 +181,7 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
     chosen = templates.chosen(data.chat_template, data.chat_template_jinja, tokenizer.chat_template)
     entries = [entry for entry in (*data.datasets, *data.test_datasets) if is_chat(entry.type)]
     if data.chat_template is None and data.chat_template_jinja is None and entries:
-        # The entries agree on a template of their own: then it is this one that has to be saved with the model.
+        # The entries agree on a template of their own: then it is the one that is saved with the model.
         of_entries = {entry.chat_template for entry in entries}
         if len(of_entries) == 1 and (only := of_entries.pop()) is not None:
             chosen = templates.chosen(only, None, tokenizer.chat_template)
@@ -181,8 +189,8 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
     if chosen is None and any(entry.chat_template in (None, "tokenizer_default") for entry in entries):
         source = config.model.tokenizer_config or config.model.base_model
         raise ConfigError(
-            f"a dataset of type chat_template needs a chat template, and the tokenizer of {source} brings none. Set "
-            f"chat_template to one of {', '.join(templates.names())}, or to the path of a .jinja file."
+            f"a dataset of type chat_template needs a chat template, and the tokenizer of {source} brings "
+            f"none. Set chat_template to one of {', '.join(templates.names())}, or to the path of a .jinja file."
         )
 
 
@@ -192,6 +200,7 @@ def _single_token(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
     if isinstance(known, int) and known != tokenizer.unk_token_id and list(ids) == [known]:
         return known
     raise ConfigError(
-        f"eot_tokens: {token!r} is not one token of this tokenizer but {len(ids)}. Add it with `tokens: [{token!r}]` (its "
-        "embedding has to be trained then), or name the token that ends a turn in this model's template."
+        f"eot_tokens: {token!r} is not one token of this tokenizer but {len(ids)}. Add it with "
+        f"`tokens: [{token!r}]` (its embedding has to be trained then), or name the token that ends a turn "
+        "in this model's template."
     )

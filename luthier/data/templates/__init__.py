@@ -1,8 +1,9 @@
 """Chat templates by name, for models that bring none or are to be trained on another.
 
 Each file beside this one is a Jinja template in the dialect of transformers (`messages`, `tools`,
-`add_generation_prompt`, `bos_token`, `eos_token`; `{% generation %}` around what the model writes). They lay out
-conversations as the model families were trained, and never rewrite earlier turns, except where the family does.
+`add_generation_prompt`, `bos_token`, `eos_token`; `{% generation %}` around what the model writes). They lay
+out conversations as the model families were trained, and never rewrite earlier turns, except where the family
+does.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ def chosen(
     """The template that a config asks for; None where it asks for the model's own and there is none.
 
     Args:
-        choice: a value of `chat_template`: None, `tokenizer_default`, `tokenizer_default_fallback_NAME`, `jinja`, a
-            name, or a path.
+        choice: a value of `chat_template`: None, `tokenizer_default`, `tokenizer_default_fallback_NAME`,
+            `jinja`, a name, or a path.
         jinja: a value of `chat_template_jinja`, text or path.
         own: the template that came with the tokenizer.
 
@@ -86,8 +87,8 @@ def chosen(
     close = difflib.get_close_matches(choice, names(), n=1)
     meant = f" Did you mean {close[0]!r}?" if close else ""
     raise ConfigError(
-        f"chat_template: there is no template named {choice!r}.{meant} Names: tokenizer_default (the model's own), "
-        f"{', '.join(names())}; or the path of a .jinja file."
+        f"chat_template: there is no template named {choice!r}.{meant} Names: tokenizer_default (the model's "
+        f"own), {', '.join(names())}; or the path of a .jinja file."
     )
 
 

@@ -40,6 +40,7 @@ KINDS = {
 """What a file name's ending says about its content. `json` covers arrays and one object per line."""
 
 COMPRESSED = (".gz", ".zst")
+NEWLINE = "\n"
 _SPACE = re.compile(r"[ \t\r\n]*")
 _BATCH = 1000  # rows of a columnar file that are turned into Python objects at a time
 
@@ -94,38 +95,41 @@ def _read_json(path: Path) -> Iterator[NumberedRow]:
     yield from _read_json_text(path, decoded, number)
 
 
-def _read_json_text(path: Path, text: str, line: int) -> Iterator[NumberedRow]:
-    """Rows of an array, or of objects that span lines; `line` is the number of the text's first line."""
+def _read_json_text(path: Path, text: str, first_line: int) -> Iterator[NumberedRow]:
+    """Rows of an array, or of objects that span lines."""
+
+    def broken(at: int, message: str) -> DataError:
+        return DataError(f"{path}:{first_line + text.count(NEWLINE, 0, at)}: not valid JSON: {message}.")
+
     decoder = json.JSONDecoder()
-    at = counted = _skip_space(text, 0)
-    line += text.count("\n", 0, at)
+    at = _skip_space(text, 0)
     is_array = text[at] == "["
     if is_array:
         at = _skip_space(text, at + 1)
+    line, counted = first_line, 0
     while at < len(text) and not (is_array and text[at] == "]"):
-        line, counted = line + text.count("\n", counted, at), at
+        line, counted = line + text.count(NEWLINE, counted, at), at
         try:
             value, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
-            place = line + text.count("\n", counted, getattr(error, "pos", counted))
-            raise DataError(
-                f"{path}:{place}: not valid JSON: {getattr(error, 'msg', error)}. What follows cannot be "
-                "read either: mend the file, or keep one object per line, where a bad row costs only itself."
+            raise broken(
+                getattr(error, "pos", at),
+                f"{getattr(error, 'msg', error)}. What follows cannot be read either: mend the file, or keep "
+                "one object per line, where a bad row costs only itself",
             ) from error
         yield line, _row_of(value)
         at = _skip_space(text, at)
         if is_array and at < len(text) and text[at] == ",":
             at = _skip_space(text, at + 1)
-        elif is_array and (at >= len(text) or text[at] != "]"):
-            place = line + text.count("\n", counted, at)
-            raise DataError(
-                f"{path}:{place}: not valid JSON: the array is not closed, or a comma is missing."
-            )
-    if is_array and at >= len(text):
-        raise DataError(f"{path}:{line}: not valid JSON: the array is not closed.")
-    if is_array and _skip_space(text, at + 1) < len(text):
-        place = line + text.count("\n", counted, at)
-        raise DataError(f"{path}:{place}: not valid JSON: there is more text behind the end of the array.")
+        elif is_array and at < len(text) and text[at] != "]":
+            raise broken(at, "a comma is missing between two rows of the array")
+    if not is_array:
+        return
+    if at >= len(text):
+        raise broken(len(text.rstrip()), "the array is not closed")
+    at = _skip_space(text, at + 1)
+    if at < len(text):
+        raise broken(at, "there is more text behind the end of the array")
 
 
 def _object_of(line: bytes) -> Row | DataError:

@@ -1,8 +1,8 @@
 """The verbs `preview` and `validate`: the data as it will be trained, before anything is trained.
 
 `preview` shows documents token for token as the model will see them, decoded from the ids on disk:
-trained text in colour (or between ⟦ and ⟧), special tokens as they are. `validate` checks the config and all of
-its data, and loads no weights.
+trained text in colour (or between ⟦ and ⟧), special tokens as they are. `validate` checks the config and all
+of its data, and loads no weights.
 """
 
 from __future__ import annotations
@@ -47,14 +47,13 @@ def preview(
 ) -> None:
     """Show rows as they will be trained, token for token, and what became of the others."""
     loaded = Config.load(config, overrides or [])
+    if split == "validation" and not (loaded.data.val_set_size or loaded.data.test_datasets):
+        raise ConfigError("--split validation: there is none; set val_set_size or test_datasets.")
     console = Console(highlight=False, soft_wrap=True, no_color=plain or None)
     plain = plain or not console.is_terminal or console.no_color
     prepared, tokenizer = _prepare(loaded)
     dataset = prepared.train if split == "train" else prepared.validation
-    if dataset is None:
-        raise ConfigError(
-            "--split validation: this config has no validation data (val_set_size, test_datasets)."
-        )
+    assert dataset is not None
     marked = f"{OPEN}trained{CLOSE}" if plain else "[bold green]trained[/]"
     shown = min(rows, len(dataset))
     console.print(
@@ -131,9 +130,9 @@ def _pieces(
 ) -> Iterator[tuple[str, bool, bool]]:
     """Stretches of text as (text, trained, special token); together they are the decoded whole.
 
-    A tokenizer may decode a stretch differently on its own (without its leading space), so each one's text is
-    what it adds to the text of everything before it. Where a character's bytes lie on both sides of a boundary,
-    the whole character goes to the side that completes it.
+    A tokenizer may decode a stretch differently on its own (without its leading space), so a stretch's text
+    is what it adds to the text of everything before it. Where a character's bytes lie on both sides of a
+    boundary, the whole character goes to the side that completes it.
     """
     special = set(tokenizer.all_special_ids)
     start, before = 0, ""

@@ -102,7 +102,8 @@ class SourceReport:
         for reason, tally in self.dropped.items():
             yield (
                 logging.WARNING,
-                f"{self.path}: {tally.count:,} ({tally.count / self.rows:.1%}) left out: {reason}; {tally.where()}",
+                f"{self.path}: {tally.count:,} ({tally.count / self.rows:.1%}) left out: {reason}; "
+                f"{tally.where()}",
             )
         for note, tally in self.notes.items():
             yield logging.INFO, f"{self.path}: {tally.count:,} {note}; {tally.where()}"

@@ -59,8 +59,15 @@ class StepLoader:
     """
 
     def __init__(
-        self, dataset: TokenDataset, *, rows_per_step: int, tokens_per_pass: int, seed: int, shuffle: bool,
-        packed_len: int | None = None, alone: bool = False,
+        self,
+        dataset: TokenDataset,
+        *,
+        rows_per_step: int,
+        tokens_per_pass: int,
+        seed: int,
+        shuffle: bool,
+        packed_len: int | None = None,
+        alone: bool = False,
     ) -> None:
         self.dataset = dataset
         self.rows_per_step = rows_per_step
@@ -69,7 +76,9 @@ class StepLoader:
         self.shuffle = shuffle
         self.alone = alone
         self._cached_order: tuple[int, np.ndarray] | None = None
-        self._groups = best_fit(dataset.lengths, packed_len) if packed_len else [[i] for i in range(len(dataset))]
+        self._groups = (
+            best_fit(dataset.lengths, packed_len) if packed_len else [[i] for i in range(len(dataset))]
+        )
         self.fill = float(dataset.lengths.sum()) / (len(self._groups) * packed_len) if packed_len else None
         self.steps_per_epoch = math.ceil(len(self._groups) / rows_per_step)
 
@@ -103,7 +112,9 @@ class StepLoader:
         return self._cached_order[1]
 
 
-def make_batch(dataset: TokenDataset, rows: Sequence[int], seeds: Sequence[int], device: torch.device) -> Batch:
+def make_batch(
+    dataset: TokenDataset, rows: Sequence[int], seeds: Sequence[int], device: torch.device
+) -> Batch:
     """Rows of a dataset end to end. A row that was packed elsewhere counts as the documents inside it."""
     ids, labels, lengths, document_seeds = [], [], [], []
     for row, seed in zip(rows, seeds, strict=True):

@@ -74,8 +74,13 @@ def transform_logits(logits: torch.Tensor, scale: float, softcap: float | None) 
 
 
 def reference_logps(
-    hidden_ND: torch.Tensor, target_N: torch.Tensor, weight_VD: torch.Tensor, bias_V: torch.Tensor | None = None,
-    *, scale: float = 1.0, softcap: float | None = None,
+    hidden_ND: torch.Tensor,
+    target_N: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """The same in plain torch with full logits: what the chunked computation is tested against (1e-5, fp32)."""
     logits = torch.nn.functional.linear(hidden_ND, weight_VD, bias_V).float()

@@ -25,12 +25,26 @@ PREFIX = "base_model.model."
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 # Settings of PEFT that change what an adapter computes and that this loader does not apply.
-_UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "target_parameters", "layer_replication", "alora_invocation_tokens",
-                "trainable_token_indices", "megatron_config", "arrow_config", "use_qalora", "lora_bias", "use_bdlora",
-                "exclude_modules")
+_UNSUPPORTED = (
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_parameters",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "trainable_token_indices",
+    "megatron_config",
+    "arrow_config",
+    "use_qalora",
+    "lora_bias",
+    "use_bdlora",
+    "exclude_modules",
+)
 
 
-def adapter_tensors(model: nn.Module, modules_to_save: tuple[str, ...] | list[str] = ()) -> dict[str, torch.Tensor]:
+def adapter_tensors(
+    model: nn.Module, modules_to_save: tuple[str, ...] | list[str] = ()
+) -> dict[str, torch.Tensor]:
     """The adapter under the names of PEFT's files, on the CPU."""
     tensors = {}
     for path, layer in lora_layers(model).items():
@@ -104,7 +118,9 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     if used:
         raise ModelError(f"{path}: the adapter uses {', '.join(used)}, which Luthier does not apply")
     if found.get("bias", "none") != "none":
-        raise ModelError(f"{path}: bias: {found['bias']!r} trains the base model's biases, which Luthier does not load")
+        raise ModelError(
+            f"{path}: bias: {found['bias']!r} trains the base model's biases, which Luthier does not load"
+        )
     return found
 
 
@@ -130,7 +146,9 @@ def _layers(found: dict[str, Any]) -> list[int] | None:
     return [layers] if isinstance(layers, int) else layers
 
 
-def load_adapter(model: PreTrainedModel, folder: str | Path, settings: AdapterConfig, seed: int = 0) -> DropoutState:
+def load_adapter(
+    model: PreTrainedModel, folder: str | Path, settings: AdapterConfig, seed: int = 0
+) -> DropoutState:
     """Put an adapter from disk onto a base model; returns the dropout state of the new layers.
 
     Raises:
@@ -151,13 +169,18 @@ def read_adapter_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
             loaded = torch.load(folder / PICKLED, map_location="cpu", weights_only=True)
             return {name: tensor for name, tensor in loaded.items() if isinstance(tensor, torch.Tensor)}
     except Exception as error:  # safetensors and pickle raise many kinds for a damaged file
-        raise ModelError(f"{folder}: the adapter's weights cannot be read: {' '.join(str(error).split())[:200]}") from error
+        raise ModelError(
+            f"{folder}: the adapter's weights cannot be read: {' '.join(str(error).split())[:200]}"
+        ) from error
     raise ModelError(f"{folder}: neither {WEIGHTS} nor {PICKLED} is here")
 
 
 @torch.no_grad()
 def fill_adapter(
-    model: nn.Module, tensors: dict[str, torch.Tensor], modules_to_save: tuple[str, ...] | list[str], source: str
+    model: nn.Module,
+    tensors: dict[str, torch.Tensor],
+    modules_to_save: tuple[str, ...] | list[str],
+    source: str,
 ) -> None:
     """Copy tensors under PEFT's names into the adapter of a model; every name must match in both directions."""
     places: dict[str, torch.Tensor] = {}
@@ -172,7 +195,11 @@ def fill_adapter(
     if missing or extra or wrong:
         says = [f"{len(missing)} tensors are missing (first: {missing[0]})"] if missing else []
         says += [f"{len(extra)} have no place in the model (first: {extra[0]})"] if extra else []
-        says += [f"{wrong[0]} is {tuple(tensors[wrong[0]].shape)}, expected {tuple(places[wrong[0]].shape)}"] if wrong else []
+        says += (
+            [f"{wrong[0]} is {tuple(tensors[wrong[0]].shape)}, expected {tuple(places[wrong[0]].shape)}"]
+            if wrong
+            else []
+        )
         raise ModelError(f"{source}: the adapter does not fit this base model: {'; '.join(says)}")
     for name, place in places.items():
         place.copy_(tensors[name])

@@ -31,7 +31,9 @@ def build_model(
     if config.precision.gradient_checkpointing:
         _checkpoint_layers(model)
     trainable, total = count_parameters(model)
-    log.info("trainable parameters: %s of %s (%.2f%%)", f"{trainable:,}", f"{total:,}", 100 * trainable / total)
+    log.info(
+        "trainable parameters: %s of %s (%.2f%%)", f"{trainable:,}", f"{total:,}", 100 * trainable / total
+    )
     return model, dropout
 
 
@@ -46,7 +48,9 @@ def make_trainable(model: PreTrainedModel, config: Config) -> DropoutState | Non
     settings = adapter_files.adapter_settings(adapter.lora_model_dir, dropout=adapter.lora_dropout)
     log.info(
         "going on from the adapter in %s (r=%d, alpha=%g): its own settings hold",
-        adapter.lora_model_dir, settings.lora_r, settings.lora_alpha,
+        adapter.lora_model_dir,
+        settings.lora_r,
+        settings.lora_alpha,
     )
     return adapter_files.load_adapter(model, adapter.lora_model_dir, settings, config.training.seed)
 
@@ -70,7 +74,8 @@ def _check_added_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
             else "leave embeddings and head unfrozen"
         )
         raise ModelError(
-            f"tokens: {', '.join(added[:3])}: added tokens begin as the mean of the others and would never be trained; {remedy}"
+            f"tokens: {', '.join(added[:3])}: added tokens begin as the mean of the others and would never be "
+            f"trained; {remedy}"
         )
 
 
@@ -103,9 +108,16 @@ def open_for_inference(
         config = Config.load(folder / RUN_CONFIG)
     source = folder if folder.is_dir() else None
     is_adapter = source is not None and (source / adapter_files.CONFIG).is_file()
-    if source is not None and config is not None and not is_adapter and not (source / "config.json").is_file():
-        raise ModelError(f"{path}: the run has not ended yet, or was cut off: no adapter or model at its top; "
-                         f"give one of its checkpoint-N folders, or go on with resume_from_checkpoint: auto")
+    if (
+        source is not None
+        and config is not None
+        and not is_adapter
+        and not (source / "config.json").is_file()
+    ):
+        raise ModelError(
+            f"{path}: the run has not ended yet, or was cut off: no adapter or model at its top; "
+            f"give one of its checkpoint-N folders, or go on with resume_from_checkpoint: auto"
+        )
     described = adapter_files.read_adapter_config(source) if is_adapter and source else {}
     base = described.get("base_model_name_or_path") or str(source or path)
     loading = _loading_config(base, described.get("revision"), config)
@@ -128,7 +140,15 @@ def _loading_config(base: str, revision: str | None, run: Config | None) -> Conf
     if revision:
         values["revision"] = revision
     if run is not None:
-        for key in ("model_type", "trust_remote_code", "attn_implementation", "device_map", "bf16", "fp16", "tf32"):
+        for key in (
+            "model_type",
+            "trust_remote_code",
+            "attn_implementation",
+            "device_map",
+            "bf16",
+            "fp16",
+            "tf32",
+        ):
             value = run.flat().get(key)
             if value is not None:
                 values[key] = value
@@ -140,10 +160,9 @@ def _tokenizer_beside(source: Path | None, base: str, config: Config) -> PreTrai
     name = str(source) if source is not None and (source / "tokenizer_config.json").is_file() else base
     try:
         return AutoTokenizer.from_pretrained(
-            name, revision=config.model.revision if name == base else None,
+            name,
+            revision=config.model.revision if name == base else None,
             trust_remote_code=config.model.trust_remote_code,
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise load_error("tokenizer", name, error) from error
-
-

@@ -72,7 +72,7 @@ def attention(
         document_lengths: tokens of each document, adding up to T; None outside flat passes.
         dropout: ignored; a model's own dropout is turned off at load, see `models.load`.
     """
-    options = dict(scaling=scaling, softcap=softcap, sinks=s_aux)
+    options: dict[str, Any] = dict(scaling=scaling, softcap=softcap, sinks=s_aux)
     if document_lengths is None:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         causal = bool(causal) and attention_mask is None and query.shape[2] > 1
@@ -81,7 +81,9 @@ def attention(
     outs = [
         attend(q, k, v, mask=None, causal=True, window=sliding_window, **options)
         for q, k, v in zip(
-            query.split(document_lengths, 2), key.split(document_lengths, 2), value.split(document_lengths, 2),
+            query.split(document_lengths, 2),
+            key.split(document_lengths, 2),
+            value.split(document_lengths, 2),
             strict=True,
         )
     ]

@@ -20,17 +20,12 @@ def choose_device(device_map: object) -> torch.device:
     """The device of a run; `device_map` as in the config: None or "auto" takes the best one there is.
 
     Raises:
-        ConfigError: a device that this machine lacks, or a map that spreads the model over several.
+        ConfigError: a device that this machine lacks.
     """
-    if isinstance(device_map, dict):
-        if set(device_map) != {""}:
-            raise ConfigError(
-                f"device_map: {device_map} splits the model over devices, which Luthier does not do; "
-                'name one device (device_map: cuda:0, or {"": 0})'
-            )
+    if isinstance(device_map, dict):  # transformers' spelling of one device for everything
         device_map = device_map[""]
-        if isinstance(device_map, int):
-            device_map = f"cuda:{device_map}"
+    if isinstance(device_map, int):
+        device_map = f"cuda:{device_map}"
     if device_map in (None, "auto"):
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
@@ -40,14 +35,18 @@ def choose_device(device_map: object) -> torch.device:
     try:
         device = torch.device(str(device_map))
     except RuntimeError as error:
-        raise ConfigError(f"device_map: {device_map!r} is no device (cpu, cuda, cuda:1, mps or auto)") from error
+        raise ConfigError(
+            f"device_map: {device_map!r} is no device (cpu, cuda, cuda:1, mps or auto)"
+        ) from error
     missing = (
         (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count())
         or (device.type == "mps" and not torch.backends.mps.is_available())
         or device.type not in ("cpu", "cuda", "mps")
     )
     if missing:
-        raise ConfigError(f"device_map: {device_map}: this machine has no such device; `luthier doctor` lists them")
+        raise ConfigError(
+            f"device_map: {device_map}: this machine has no such device; `luthier doctor` lists them"
+        )
     return device
 
 

@@ -77,7 +77,9 @@ def _unfreeze_patterns(model: nn.Module, patterns: tuple[str, ...] | list[str]) 
     names = [name for name, _ in model.named_parameters()]
     for text in patterns:
         if re.search(r"\[\d*:\d*\]$", text):
-            raise ConfigError(f"unfrozen_parameters: {text!r} trains rows of a tensor; only whole parameters can be named")
+            raise ConfigError(
+                f"unfrozen_parameters: {text!r} trains rows of a tensor; only whole parameters can be named"
+            )
         try:
             pattern = re.compile(text)
         except re.error as error:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from luthier.models import attention
+from luthier.models.load import embeddings_of
 from luthier.models.lora import DropoutState
 from luthier.models.policy import Policy
 
@@ -48,19 +49,23 @@ def build_policy(model: PreTrainedModel, dropout: DropoutState | None, sequence_
 def prove(model: PreTrainedModel, sequence_len: int) -> Proof:
     """Compare flat against alone, and our head against the model's, on random tokens; leaves no trace."""
     was_training = model.training
-    device = model.get_input_embeddings().weight.device
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    embeddings = embeddings_of(model).weight
+    device, vocabulary = embeddings.device, int(embeddings.shape[0])
     generator = torch.Generator().manual_seed(0)
     model.eval()
     try:
         documents = [torch.randint(vocabulary, (n,), generator=generator).to(device) for n in _LENGTHS]
         expected = [_own_logits(model, ids) for ids in documents]
         alone = Policy(model, flat=False)
-        hidden = [alone.hidden(ids, torch.arange(len(ids), device=device), [len(ids)], _cu([len(ids)], device))
-                  for ids in documents]
+        hidden = [
+            alone.hidden(ids, torch.arange(len(ids), device=device), [len(ids)], _cu([len(ids)], device))
+            for ids in documents
+        ]
         own_head = all(_same(alone.logits(h), e, h.dtype) for h, e in zip(hidden, expected, strict=True))
         why = _why_not_flat(model, sequence_len) or _try_flat(model, documents, hidden)
-        return Proof(flat=own_head and not why, own_head=own_head, why=why or "its head must be run by itself")
+        return Proof(
+            flat=own_head and not why, own_head=own_head, why=why or "its head must be run by itself"
+        )
     finally:
         model.train(was_training)
 
@@ -84,13 +89,18 @@ def _try_flat(model: PreTrainedModel, documents: list[torch.Tensor], expected: l
     device = documents[0].device
     positions = torch.cat([torch.arange(n, device=device) for n in lengths])
     try:
-        found = Policy(model, flat=True).hidden(torch.cat(documents), positions, lengths, _cu(lengths, device))
+        found = Policy(model, flat=True).hidden(
+            torch.cat(documents), positions, lengths, _cu(lengths, device)
+        )
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         return f"{type(model).__name__} does not take a flat batch ({' '.join(str(error).split())[:120]})"
     for one, other in zip(found.split(lengths), expected, strict=True):
         if not _same(one, other, other.dtype):
             worst = (one.float() - other.float()).abs().max().item()
-            return f"{type(model).__name__} lets documents of one pass see each other (hidden states differ by {worst:.1e})"
+            return (
+                f"{type(model).__name__} lets documents of one pass see each other "
+                f"(hidden states differ by {worst:.1e})"
+            )
     return ""
 
 
@@ -100,7 +110,7 @@ def _why_not_flat(model: PreTrainedModel, sequence_len: int) -> str:
     chunk = getattr(config, "attention_chunk_size", None)
     if chunk and sequence_len > chunk:
         return f"its attention works in chunks of {chunk} tokens, shorter than sequence_len"
-    device = model.get_input_embeddings().weight.device
+    device = embeddings_of(model).weight.device
     for module in model.modules():
         if isinstance(getattr(module, "inv_freq", None), torch.Tensor) and not _rotary_is_isolated(
             module, sequence_len, device

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -63,8 +63,12 @@ def load_model(
         )
     if info["unexpected_keys"]:
         unexpected = sorted(info["unexpected_keys"])
-        log.info("%d weights of the checkpoint have no place in %s and are left out (%s, ...)",
-                 len(unexpected), type(model).__name__, unexpected[0])
+        log.info(
+            "%d weights of the checkpoint have no place in %s and are left out (%s, ...)",
+            len(unexpected),
+            type(model).__name__,
+            unexpected[0],
+        )
     if config.model.attn_implementation is None:
         use_flat_attention(model)
     _turn_off_randomness(model)
@@ -86,10 +90,14 @@ def _model_class(model: ModelConfig, model_config: Any) -> Any:
     if model.model_type != "AutoModelForCausalLM":
         chosen = getattr(transformers, model.model_type, None)
         if chosen is None:
-            raise ConfigError(f"model_type: transformers {transformers.__version__} has no class {model.model_type!r}")
+            raise ConfigError(
+                f"model_type: transformers {transformers.__version__} has no class {model.model_type!r}"
+            )
         return chosen
     causal = transformers.AutoModelForCausalLM
-    remote = model.trust_remote_code and "AutoModelForCausalLM" in (getattr(model_config, "auto_map", None) or {})
+    remote = model.trust_remote_code and "AutoModelForCausalLM" in (
+        getattr(model_config, "auto_map", None) or {}
+    )
     if remote or type(model_config) in causal._model_mapping:
         return causal
     if type(model_config) in transformers.AutoModelForImageTextToText._model_mapping:
@@ -106,7 +114,9 @@ def load_error(what: str, name: str, error: Exception) -> ModelError:
     text = " ".join(str(error).split())
     lowered = text.lower()
     if "gated" in lowered or "401" in text or "403" in text:
-        hint = "it is gated or private: accept its licence on the hub, then set HF_TOKEN or run `hf auth login`"
+        hint = (
+            "it is gated or private: accept its licence on the hub, then set HF_TOKEN or run `hf auth login`"
+        )
     elif "trust_remote_code" in lowered:
         hint = "it needs code of its own: read that code, then set trust_remote_code: true"
     elif "couldn't connect" in lowered or "offline" in lowered or "connection" in lowered:
@@ -139,6 +149,11 @@ def text_config_of(model: PreTrainedModel) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
+def embeddings_of(model: PreTrainedModel) -> nn.Embedding:
+    """The input embeddings, of whatever class; what is read of them is their `weight` (V, D)."""
+    return cast(nn.Embedding, model.get_input_embeddings())
+
+
 def _turn_off_randomness(model: nn.Module) -> None:
     found: dict[str, float] = {}
     for module in model.modules():
@@ -159,11 +174,13 @@ def grow_embeddings(model: PreTrainedModel, tokens: int) -> int:
 
     A tokenizer smaller than the embeddings is common (padded vocabularies) and changes nothing.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = int(embeddings_of(model).weight.shape[0])
     if tokens <= rows:
         return 0
     model.resize_token_embeddings(tokens, mean_resizing=True)
-    log.info("embeddings grown from %d to %d rows for added tokens, set to the mean of the others", rows, tokens)
+    log.info(
+        "embeddings grown from %d to %d rows for added tokens, set to the mean of the others", rows, tokens
+    )
     return tokens - rows
 
 

@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -80,12 +81,21 @@ class LoRALinear(nn.Module):
     """
 
     def __init__(
-        self, base: nn.Module, r: int, alpha: float, dropout: float, *, rslora: bool,
-        state: DropoutState, layer: int, generator: torch.Generator,
+        self,
+        base: nn.Module,
+        r: int,
+        alpha: float,
+        dropout: float,
+        *,
+        rslora: bool,
+        state: DropoutState,
+        layer: int,
+        generator: torch.Generator,
     ) -> None:
         super().__init__()
         self.transposed = isinstance(base, Conv1D)
-        self.weight, self.bias = base.weight, base.bias
+        self.weight = cast(nn.Parameter, base.weight)
+        self.bias = cast(nn.Parameter | None, base.bias)
         rows, columns = self.weight.shape[::-1] if self.transposed else self.weight.shape
         self.in_features, self.out_features = int(columns), int(rows)
         self.r, self.alpha, self.dropout = r, alpha, dropout
@@ -104,6 +114,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.transposed:
+            assert self.bias is not None  # GPT-2's Conv1D always has one
             base = torch.addmm(self.bias, x.reshape(-1, self.in_features), self.weight)
             base = base.view(*x.shape[:-1], self.out_features)
         else:
@@ -151,8 +162,14 @@ def add_lora(model: PreTrainedModel, adapter: AdapterConfig, seed: int) -> Dropo
     for index, name in enumerate(names):
         base = model.get_submodule(name)
         layer = LoRALinear(
-            base, adapter.lora_r, adapter.lora_alpha, adapter.lora_dropout, rslora=adapter.peft_use_rslora,
-            state=state, layer=index, generator=generator,
+            base,
+            adapter.lora_r,
+            adapter.lora_alpha,
+            adapter.lora_dropout,
+            rslora=adapter.peft_use_rslora,
+            state=state,
+            layer=index,
+            generator=generator,
         )
         layer.train(base.training)
         model.set_submodule(name, layer)
@@ -167,7 +184,9 @@ def find_targets(model: PreTrainedModel, adapter: AdapterConfig) -> list[str]:
     the whole path, as in PEFT.
     """
     targets = adapter.lora_target_modules
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D | LoRALinear)]
+    linears = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D | LoRALinear)
+    ]
     chosen: set[str] = set()
     if adapter.lora_target_linear or targets == "all-linear":
         chosen |= set(_decoder_linears(model, linears))
@@ -175,7 +194,9 @@ def find_targets(model: PreTrainedModel, adapter: AdapterConfig) -> list[str]:
         try:
             pattern = re.compile(targets)
         except re.error as error:
-            raise ConfigError(f"lora_target_modules: {targets!r} is no regular expression: {error}") from error
+            raise ConfigError(
+                f"lora_target_modules: {targets!r} is no regular expression: {error}"
+            ) from error
         matched = [name for name, _ in model.named_modules() if pattern.fullmatch(name)]
         chosen |= _only_linears(model, matched, targets, linears)
     elif isinstance(targets, list | tuple):
@@ -207,9 +228,12 @@ def _decoder_linears(model: PreTrainedModel, linears: Sequence[str]) -> list[str
 def _only_linears(model: nn.Module, matched: list[str], target: str, linears: Sequence[str]) -> set[str]:
     if not matched:
         raise ModelError(
-            f"lora_target_modules: nothing in the model matches {target!r}; the linear layers here are: {_kinds(linears)}"
+            f"lora_target_modules: nothing in the model matches {target!r}; "
+            f"the linear layers here are: {_kinds(linears)}"
         )
-    others = sorted({type(model.get_submodule(n)).__name__ for n in matched} - {"Linear", "Conv1D", "LoRALinear"})
+    others = sorted(
+        {type(model.get_submodule(n)).__name__ for n in matched} - {"Linear", "Conv1D", "LoRALinear"}
+    )
     kept = {n for n in matched if n in set(linears)}
     if not kept:
         raise ModelError(
@@ -229,7 +253,9 @@ def modules_named(model: nn.Module, names: Sequence[str]) -> list[str]:
     for target in names:
         matched = [n for n, _ in model.named_modules() if n == target or n.endswith("." + target)]
         if not matched:
-            leaves = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if n and not list(m.children())})
+            leaves = sorted(
+                {n.rpartition(".")[2] for n, m in model.named_modules() if n and not list(m.children())}
+            )
             raise ModelError(
                 f"lora_modules_to_save: nothing in the model matches {target!r}; there is: {', '.join(leaves)}"
             )
@@ -247,11 +273,15 @@ def train_modules(model: PreTrainedModel, names: Sequence[str]) -> None:
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is embeddings.weight
     if tied and any(m is embeddings for m in saved) != any(m is head for m in saved):
-        log.info("embeddings and head are tied in this model and only one is trained: it gets a copy of its own")
-        alone = embeddings if any(m is embeddings for m in saved) else head
+        log.info(
+            "embeddings and head are tied in this model and only one is trained: it gets a copy of its own"
+        )
+        alone = cast(nn.Linear, embeddings if any(m is embeddings for m in saved) else head)
         alone.weight = nn.Parameter(alone.weight.detach().clone())
     for module in saved:
         if isinstance(module, LoRALinear):
-            raise ModelError("lora_modules_to_save and the LoRA targets name the same layer; keep one of them")
+            raise ModelError(
+                "lora_modules_to_save and the LoRA targets name the same layer; keep one of them"
+            )
         for parameter in module.parameters():
             parameter.requires_grad_(True)

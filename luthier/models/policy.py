@@ -80,7 +80,12 @@ class Policy(nn.Module):
     """
 
     def __init__(
-        self, model: PreTrainedModel, dropout: DropoutState | None = None, *, flat: bool = True, own_head: bool = True
+        self,
+        model: PreTrainedModel,
+        dropout: DropoutState | None = None,
+        *,
+        flat: bool = True,
+        own_head: bool = True,
     ) -> None:
         super().__init__()
         self.model = model
@@ -97,26 +102,41 @@ class Policy(nn.Module):
         hidden_TD = self.hidden(batch.input_ids, batch.position_ids, batch.lengths, batch.cu_seqlens)
         head = self.model.get_output_embeddings()
         return linear_logps(
-            hidden_TD.index_select(0, batch.position_N), batch.target_N, head,
-            vocabulary=head.weight.shape[0], scale=self.convention.scale, softcap=self.convention.softcap,
+            hidden_TD.index_select(0, batch.position_N),
+            batch.target_N,
+            head,
+            vocabulary=head.weight.shape[0],
+            scale=self.convention.scale,
+            softcap=self.convention.softcap,
         )
 
     def hidden(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, lengths: Sequence[int], cu_seqlens: torch.Tensor
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        lengths: Sequence[int],
+        cu_seqlens: torch.Tensor,
     ) -> torch.Tensor:
         """Last hidden states (T, D) of a flat run of documents."""
         decoder = decoder_of(self.model)
         if not self.flat:
             documents = input_ids.split(list(lengths))
-            return torch.cat([decoder(input_ids=ids[None], use_cache=False).last_hidden_state[0] for ids in documents])
+            return torch.cat(
+                [decoder(input_ids=ids[None], use_cache=False).last_hidden_state[0] for ids in documents]
+            )
         longest = max(lengths)
         with flat_pass():
             # The names are those that transformers gives flat batches for flash attention; `document_lengths` is
             # the same on the host, where per-document slices are cut.
             return decoder(
-                input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False,
-                document_lengths=tuple(lengths), cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens,
-                max_length_q=longest, max_length_k=longest,
+                input_ids=input_ids[None],
+                position_ids=position_ids[None],
+                use_cache=False,
+                document_lengths=tuple(lengths),
+                cu_seq_lens_q=cu_seqlens,
+                cu_seq_lens_k=cu_seqlens,
+                max_length_q=longest,
+                max_length_k=longest,
             ).last_hidden_state[0]
 
     def _logps_by_model(self, batch: FlatBatch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -97,9 +97,7 @@ class Checkpoints:
         self.limit = limit
         self.job = job
 
-    def save(
-        self, state: State, masters: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer
-    ) -> Path:
+    def save(self, state: State, masters: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> Path:
         """Write `checkpoint-<state.step>`; one that is there already is this very state.
 
         Raises:
@@ -117,7 +115,11 @@ class Checkpoints:
             tensors, others = optimizer_by_name(masters, optimizer)
             save_file({n: _host(t) for n, t in tensors.items()}, partial / "optimizer.safetensors")
             torch.save(_random_state(), partial / "rng.pt")
-            files = {p.relative_to(partial).as_posix(): _checksum(p) for p in sorted(partial.rglob("*")) if p.is_file()}
+            files = {
+                p.relative_to(partial).as_posix(): _checksum(p)
+                for p in sorted(partial.rglob("*"))
+                if p.is_file()
+            }
             written = {**asdict(state), "job": self.job, "optimizer_values": others, "files": files}
             (partial / STATE).write_text(json.dumps(written, indent=1), encoding="utf-8")
             share(partial)
@@ -127,7 +129,11 @@ class Checkpoints:
             _flush(self.folder)
         except Exception as error:
             shutil.rmtree(partial, ignore_errors=True)
-            if not isinstance(error, OSError) and "No space left" not in str(error) and "I/O error" not in str(error):
+            if (
+                not isinstance(error, OSError)
+                and "No space left" not in str(error)
+                and "I/O error" not in str(error)
+            ):
                 raise
             last = latest(self.folder)
             raise RunError(
@@ -151,7 +157,9 @@ class Checkpoints:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders of a run, oldest first."""
-    found = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name)) and p.is_dir()]
+    found = [
+        (int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name)) and p.is_dir()
+    ]
     return [path for _, path in sorted(found)]
 
 
@@ -204,7 +212,9 @@ def restore_optimizer(path: Path, masters: dict[str, torch.Tensor], optimizer: t
     names = {id(master): name for name, master in masters.items()}
     packed = optimizer.state_dict()
     ordered = [p for group in optimizer.param_groups for p in group["params"]]
-    packed["state"] = {i: by_parameter[names[id(p)]] for i, p in enumerate(ordered) if by_parameter[names[id(p)]]}
+    packed["state"] = {
+        i: by_parameter[names[id(p)]] for i, p in enumerate(ordered) if by_parameter[names[id(p)]]
+    }
     optimizer.load_state_dict(packed)
     random = torch.load(path / "rng.pt", weights_only=True)
     torch.set_rng_state(random["cpu"])
@@ -239,7 +249,10 @@ def share(folder: Path) -> None:
 
 
 def _random_state() -> dict[str, torch.Tensor | None]:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
 
 
 def _host(tensor: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,18 @@ CONFIG = "config.yaml"
 
 # What a run writes at the top of its folder; overwriting removes these and leaves anything else alone.
 _OWN = (
-    CONFIG, "metrics.jsonl", "samples.jsonl", "environment.json", "README.md", "loss.png", "adapter_*",
-    "config.json", "generation_config.json", "model*.safetensors*", "checkpoint-*", ".partial-*",
+    CONFIG,
+    "metrics.jsonl",
+    "samples.jsonl",
+    "environment.json",
+    "README.md",
+    "loss.png",
+    "adapter_*",
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors*",
+    "checkpoint-*",
+    ".partial-*",
 )
 
 

@@ -158,8 +158,10 @@ def fit(
             break
         if plan.patience is not None and state.evaluations_since_best >= plan.patience:
             checkpoints.save(state, masters.masters, optimizer)
-            recorder.say(f"stopping early: eval loss has not improved in {plan.patience} evaluations "
-                         f"(best {state.best_loss:.4f} at step {state.best_step})")
+            recorder.say(
+                f"stopping early: eval loss has not improved in {plan.patience} evaluations "
+                f"(best {state.best_loss:.4f} at step {state.best_step})"
+            )
             break
     return state
 

@@ -36,7 +36,12 @@ class Recorder:
     """
 
     def __init__(
-        self, folder: Path, total_steps: int, *, from_step: int = 0, sinks: Sequence[Sink] = (),
+        self,
+        folder: Path,
+        total_steps: int,
+        *,
+        from_step: int = 0,
+        sinks: Sequence[Sink] = (),
         sample_sinks: Sequence[SampleSink] = (),
     ) -> None:
         self.total_steps = total_steps
@@ -53,10 +58,16 @@ class Recorder:
     def __enter__(self) -> Recorder:
         if sys.stderr.isatty():
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-                TimeElapsedColumn(), TextColumn("{task.fields[figures]}"), console=Console(stderr=True),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total}"),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[figures]}"),
+                console=Console(stderr=True),
             )
-            self._task = self._bar.add_task("training", total=self.total_steps, completed=self._from_step, figures="")
+            self._task = self._bar.add_task(
+                "training", total=self.total_steps, completed=self._from_step, figures=""
+            )
             self._bar.start()
         return self
 
@@ -81,7 +92,9 @@ class Recorder:
         if self._bar and self._task is not None:
             self._bar.update(self._task, figures=figures)
         else:
-            self.say(f"step {step}/{self.total_steps}  epoch {row['epoch']:.2f}  {figures}  lr {row['learning_rate']:.2e}")
+            self.say(
+                f"step {step}/{self.total_steps}  epoch {row['epoch']:.2f}  {figures}  lr {row['learning_rate']:.2e}"
+            )
 
     def evaluation(self, row: dict[str, Any]) -> None:
         """Write an evaluation row and show it."""

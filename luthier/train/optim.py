@@ -104,7 +104,9 @@ def build_optimizer(masters: Masters, training: TrainingConfig) -> torch.optim.O
     try:
         return OPTIMIZERS[training.optimizer](groups, training.learning_rate, training)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"optim_args: {training.optimizer} does not take {training.optim_args}: {error}") from error
+        raise ConfigError(
+            f"optim_args: {training.optimizer} does not take {training.optim_args}: {error}"
+        ) from error
 
 
 def schedule(training: TrainingConfig, total_steps: int) -> Callable[[int], float]:

@@ -1,6 +1,6 @@
 """From a config to a finished run folder: the one place that puts the parts together.
 
-    config -> device, tokenizer, data -> model -> policy (proven) -> optimizer, steps -> fit -> folder
+config -> device, tokenizer, data -> model -> policy (proven) -> optimizer, steps -> fit -> folder
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ class RunResult:
 
 def command(
     config: Annotated[Path, typer.Argument(help="The run's YAML file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value or --key value, for any key.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value or --key value, for any key.")
+    ] = None,
 ) -> None:
     """Train a model as a config says."""
     train(Config.load(config, overrides or []))
@@ -105,7 +107,9 @@ def train(config: Config) -> RunResult:
     if resume_from is not None:
         state = _resume(resume_from, job, masters, optimizer, scaler)
     write_text_atomic(folder / CONFIG, config.to_yaml())
-    write_environment(folder, {"data": data.report.describe(), "device": str(device), "dtype": str(dtype)[6:]})
+    write_environment(
+        folder, {"data": data.report.describe(), "device": str(device), "dtype": str(dtype)[6:]}
+    )
 
     write_model = partial(_write_model, model=model, masters=masters, tokenizer=tokenizer, config=config)
     checkpoints = Checkpoints(folder, write_model, limit=config.output.save_total_limit, job=job)
@@ -113,19 +117,35 @@ def train(config: Config) -> RunResult:
     with (
         Interrupt() as interrupt,
         Recorder(
-            folder, total_steps, from_step=state.step, sinks=[trackers.log], sample_sinks=[trackers.log_samples]
+            folder,
+            total_steps,
+            from_step=state.step,
+            sinks=[trackers.log],
+            sample_sinks=[trackers.log_samples],
         ) as recorder,
     ):
         if state.step < total_steps:
             log.info("%.1f seconds to the first step", time.perf_counter() - began)
         state = fit(
-            policy, sft, loader, masters, optimizer,
+            policy,
+            sft,
+            loader,
+            masters,
+            optimizer,
             learning_rate=schedule(config.training, total_steps),
             clip=partial(clip_gradients, max_norm=config.training.max_grad_norm),
             scaler=scaler,
-            plan=_plan(config, loader, total_steps, evaluates=evaluate is not None, samples=sample is not None),
-            state=state, recorder=recorder, checkpoints=checkpoints, evaluate=evaluate, sample=sample,
-            interrupted=interrupt, device=device, peak_memory=partial(peak_memory_gib, device),
+            plan=_plan(
+                config, loader, total_steps, evaluates=evaluate is not None, samples=sample is not None
+            ),
+            state=state,
+            recorder=recorder,
+            checkpoints=checkpoints,
+            evaluate=evaluate,
+            sample=sample,
+            interrupted=interrupt,
+            device=device,
+            peak_memory=partial(peak_memory_gib, device),
         )
         if interrupt() and state.step < total_steps:
             assert interrupt.signal is not None
@@ -139,8 +159,15 @@ def train(config: Config) -> RunResult:
 
 
 def _finish(
-    config: Config, folder: Path, state: State, checkpoints: Checkpoints, masters: Masters, trackers: Trackers,
-    recorder: Recorder, tokenizer: PreTrainedTokenizerBase, data: PreparedData,
+    config: Config,
+    folder: Path,
+    state: State,
+    checkpoints: Checkpoints,
+    masters: Masters,
+    trackers: Trackers,
+    recorder: Recorder,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
 ) -> RunResult:
     """The result at the top of the run folder: adapter or model, tokenizer, card, plot."""
     kept = state.step
@@ -169,7 +196,9 @@ def _finish(
         raise RunError(f"{folder}: the result cannot be written: {error}; it is whole in {last}") from error
     trackers.finish()
     what = "adapter" if config.adapter.adapter else "model"
-    recorder.say(f"done: {state.step} steps, {state.trained_tokens:,} trained tokens; the {what} is in {folder}")
+    recorder.say(
+        f"done: {state.step} steps, {state.trained_tokens:,} trained tokens; the {what} is in {folder}"
+    )
     return RunResult(folder, True, state, summary)
 
 
@@ -179,21 +208,35 @@ def _loader(config: Config, dataset: TokenDataset, *, alone: bool) -> StepLoader
     # Never more tokens at once than a padded micro batch of full rows would hold.
     budget = training.max_tokens_per_pass or training.micro_batch_size * data.sequence_len
     loader = StepLoader(
-        dataset, rows_per_step=rows_per_step, tokens_per_pass=budget, seed=training.seed, shuffle=data.shuffle,
-        packed_len=data.sequence_len if data.sample_packing else None, alone=alone,
+        dataset,
+        rows_per_step=rows_per_step,
+        tokens_per_pass=budget,
+        seed=training.seed,
+        shuffle=data.shuffle,
+        packed_len=data.sequence_len if data.sample_packing else None,
+        alone=alone,
     )
     if loader.fill is not None:
         log.info("packed into rows of %d tokens, %.1f%% full", data.sequence_len, 100 * loader.fill)
     return loader
 
 
-def _say_steps(config: Config, loader: StepLoader, total: int, device: torch.device, dtype: torch.dtype) -> None:
+def _say_steps(
+    config: Config, loader: StepLoader, total: int, device: torch.device, dtype: torch.dtype
+) -> None:
     training = config.training
     unit = "packed rows" if config.data.sample_packing else "examples"
     log.info(
         "%d steps of %d %s (micro_batch_size %d x gradient_accumulation_steps %d x 1 process), %d steps an epoch, "
-        "%s on %s", total, loader.rows_per_step, unit, training.micro_batch_size,
-        training.gradient_accumulation_steps, loader.steps_per_epoch, str(dtype)[6:], device,
+        "%s on %s",
+        total,
+        loader.rows_per_step,
+        unit,
+        training.micro_batch_size,
+        training.gradient_accumulation_steps,
+        loader.steps_per_epoch,
+        str(dtype)[6:],
+        device,
     )
 
 
@@ -203,7 +246,8 @@ def _plan(config: Config, loader: StepLoader, total: int, *, evaluates: bool, sa
         total_steps=total,
         log=_every(config.logging.logging_steps, None, loader.steps_per_epoch, total),
         evaluate=_every(evaluation.eval_steps, evaluation.evals_per_epoch, loader.steps_per_epoch, total)
-        if evaluates or samples else lambda step: False,
+        if evaluates or samples
+        else lambda step: False,
         save=_every(output.save_steps, output.saves_per_epoch, loader.steps_per_epoch, total),
         save_best=output.load_best_model_at_end,
         patience=evaluation.early_stopping_patience,
@@ -221,14 +265,20 @@ def _every(
     times = 1 if per_epoch is None else per_epoch
 
     def due(step: int) -> bool:
-        return step * times // steps_per_epoch > (step - 1) * times // steps_per_epoch or (times > 0 and step == total)
+        return step * times // steps_per_epoch > (step - 1) * times // steps_per_epoch or (
+            times > 0 and step == total
+        )
 
     return due
 
 
 def _evaluators(
-    config: Config, data: PreparedData, policy: Policy, model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase, device: torch.device,
+    config: Config,
+    data: PreparedData,
+    policy: Policy,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
 ) -> tuple[Callable[[int], dict[str, float]] | None, Callable[[int], list[dict[str, Any]]] | None]:
     """What is asked at every evaluation: the loss over the validation set, and samples."""
     section = config.evaluation
@@ -260,13 +310,21 @@ def _evaluators(
 
 
 def _write_model(
-    folder: Path, *, model: PreTrainedModel, masters: Masters, tokenizer: PreTrainedTokenizerBase, config: Config
+    folder: Path,
+    *,
+    model: PreTrainedModel,
+    masters: Masters,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
 ) -> None:
     """The adapter or the whole model, with tokenizer and chat template, as other tools load them."""
     masters.publish()
     if config.adapter.adapter:
         save_adapter(
-            model, folder, base_model=config.model.base_model, revision=config.model.revision,
+            model,
+            folder,
+            base_model=config.model.base_model,
+            revision=config.model.revision,
             adapter=adapter_of(config),
         )
     else:
@@ -287,7 +345,11 @@ def _job(config: Config, data: PreparedData, masters: Masters, loader: StepLoade
 
 
 def _resume(
-    path: Path, job: dict[str, Any], masters: Masters, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    path: Path,
+    job: dict[str, Any],
+    masters: Masters,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
 ) -> State:
     state, before = checkpoint.read_state(path)
     changed = [name for name in job if job[name] != before.get(name)]

@@ -9,7 +9,7 @@ from torch import nn
 from luthier.kernels import linear_ce
 
 
-@pytest.mark.parametrize("scale, softcap", [(1.0, None), (0.25, None), (1.0, 5.0), (2.0, 3.0)])
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (0.25, None), (1.0, 5.0), (2.0, 3.0)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 7, 64])
 def test_equals_full_logits(
@@ -35,6 +35,8 @@ def test_equals_full_logits(
 
 def test_no_labels_give_no_log_probs_and_a_zero_gradient() -> None:
     hidden = torch.randn(0, 16, requires_grad=True)
-    logp, correct = linear_ce.linear_logps(hidden, torch.zeros(0, dtype=torch.long), nn.Linear(16, 5), vocabulary=5)
+    logp, correct = linear_ce.linear_logps(
+        hidden, torch.zeros(0, dtype=torch.long), nn.Linear(16, 5), vocabulary=5
+    )
     assert logp.shape == correct.shape == (0,)
     logp.sum().backward()

@@ -63,8 +63,17 @@ def test_a_leak_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = attention.attend
 
     def leaky(module, query, key, value, mask, **kwargs):  # type: ignore[no-untyped-def]
-        out = whole(query, key, value, mask=None, causal=True, window=None, scaling=kwargs.get("scaling"),
-                    softcap=None, sinks=None)
+        out = whole(
+            query,
+            key,
+            value,
+            mask=None,
+            causal=True,
+            window=None,
+            scaling=kwargs.get("scaling"),
+            softcap=None,
+            sinks=None,
+        )
         return out.transpose(1, 2), None
 
     monkeypatch.setitem(attention.AttentionInterface._global_mapping, NAME, leaky)
@@ -75,8 +84,13 @@ def test_a_leak_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_longrope_switch_is_respected() -> None:
     """Phi-3's long and short factors: a short document beside a long one keeps the short ones."""
     half = 4
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 24,
-            "short_factor": [1.0] * half, "long_factor": [4.0] * half}
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 24,
+        "short_factor": [1.0] * half,
+        "long_factor": [4.0] * half,
+    }
     model = toy_model("phi3")
     config = model.config
     config.rope_parameters = rope
@@ -101,7 +115,9 @@ def test_generation_goes_on_working_with_our_attention() -> None:
         assert torch.equal(model.generate(ids, **arguments), expected), family
 
 
-def test_an_unknown_head_convention_falls_back_to_the_models_own_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_head_convention_falls_back_to_the_models_own_forward(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = toy_model("llama")
     use_flat_attention(model)
     forward = model.forward

@@ -15,14 +15,16 @@ from luthier.config import AdapterConfig
 from luthier.errors import ConfigError, ModelError
 from luthier.models import adapter_files
 from luthier.models.load import count_parameters
-from luthier.models.lora import DropoutState, add_lora, adapters_off, lora_layers
+from luthier.models.lora import DropoutState, adapters_off, add_lora, lora_layers
 from tests.models.families import FAMILIES, toy_model
 
 IDS = torch.randint(3, 128, (1, 23), generator=torch.Generator().manual_seed(3))
 
 
 def _adapter(**values: object) -> AdapterConfig:
-    return AdapterConfig(**{"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True, **values})
+    return AdapterConfig(
+        **{"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True, **values}
+    )
 
 
 def _randomise(model: PreTrainedModel, seed: int = 5) -> None:
@@ -62,12 +64,23 @@ def test_saved_adapter_loads_in_peft_with_equal_logits(family: str, tmp_path: Pa
 def test_pefts_files_load_here_with_equal_logits(family: str, rslora: bool, tmp_path: Path) -> None:
     base = toy_model(family)
     targets = sorted({n.rpartition(".")[2] for n in adapter_files_targets(family)})
-    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, use_rslora=rslora, task_type="CAUSAL_LM",
-                               layers_to_transform=[1], init_lora_weights=False)
+    settings = peft.LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=targets,
+        use_rslora=rslora,
+        task_type="CAUSAL_LM",
+        layers_to_transform=[1],
+        init_lora_weights=False,
+    )
     theirs = peft.get_peft_model(base, settings).eval()
     theirs.save_pretrained(tmp_path, safe_serialization=not rslora)
     if rslora:  # the older, pickled form
-        state = load_file(tmp_path / "adapter_model.safetensors") if (tmp_path / "adapter_model.safetensors").exists() else None
+        state = (
+            load_file(tmp_path / "adapter_model.safetensors")
+            if (tmp_path / "adapter_model.safetensors").exists()
+            else None
+        )
         if state is not None:
             torch.save(state, tmp_path / "adapter_model.bin")
             (tmp_path / "adapter_model.safetensors").unlink()
@@ -163,8 +176,9 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     add_lora(model, settings, seed=0)
     _save(model, tmp_path, settings)
     with pytest.raises(ModelError, match="does not fit"):
-        adapter_files.load_adapter(toy_model("llama", num_hidden_layers=3), tmp_path,
-                                   adapter_files.adapter_settings(tmp_path))
+        adapter_files.load_adapter(
+            toy_model("llama", num_hidden_layers=3), tmp_path, adapter_files.adapter_settings(tmp_path)
+        )
     described = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**described, "use_dora": True}))
     with pytest.raises(ModelError, match="use_dora"):
@@ -192,8 +206,14 @@ def test_trainable_counts_are_those_of_the_literature() -> None:
     from luthier.config import FreezeConfig
     from luthier.models.freeze import set_trainable
 
-    config = LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-                         num_attention_heads=32, tie_word_embeddings=False)
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        tie_word_embeddings=False,
+    )
 
     def shape() -> PreTrainedModel:
         with torch.device("meta"):

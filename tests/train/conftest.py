@@ -20,7 +20,11 @@ def rows_file(tmp_path: Path) -> Path:
     with path.open("w") as file:
         for n in range(60):
             words = " ".join(str(n * k % 97) for k in range(1 + n * 7 % 40))
-            row = {"instruction": f"Add {n} and {n + 1}.", "input": words if n % 3 else "", "output": f"{2 * n + 1}"}
+            row = {
+                "instruction": f"Add {n} and {n + 1}.",
+                "input": words if n % 3 else "",
+                "output": f"{2 * n + 1}",
+            }
             file.write(json.dumps(row) + "\n")
     return path
 

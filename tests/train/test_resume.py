@@ -32,7 +32,7 @@ def _figures(folder: Path) -> list[dict[str, object]]:
 
 
 def _start(config_file: Path) -> subprocess.Popen[bytes]:
-    code = "import sys; from luthier.config import Config; from luthier.train.run import train; train(Config.load(sys.argv[1]))"
+    code = "import sys, luthier; luthier.run(luthier.Config.load(sys.argv[1]))"
     return subprocess.Popen(
         [sys.executable, "-c", code, str(config_file)], stderr=subprocess.PIPE, cwd=Path(__file__).parents[2]
     )
@@ -47,21 +47,32 @@ def test_killed_at_random_moments_the_losses_are_the_same_to_the_last_bit(
     run_config: MakeConfig, tmp_path: Path
 ) -> None:
     values = dict(
-        max_steps=60, num_epochs=10, save_steps=7, save_total_limit=2, lora_dropout=0.1, eval_steps=9, val_set_size=10,
-        logging_steps=4, resume_from_checkpoint="auto",
+        max_steps=60,
+        num_epochs=10,
+        save_steps=7,
+        save_total_limit=2,
+        lora_dropout=0.1,
+        eval_steps=9,
+        val_set_size=10,
+        logging_steps=4,
+        resume_from_checkpoint="auto",
     )
     whole = run_config(**values, output_dir=str(tmp_path / "whole"))
     train(whole)
     folder = tmp_path / "killed"
     file = _write(run_config(**values, output_dir=str(folder)), tmp_path / "killed.yml")
-    moments = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID", 0))
+    moments = random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID", ""))
     kills = 0
     while kills < 3:
         process = _start(file)
         seen = len(checkpoint.list_checkpoints(folder))
         deadline = time.monotonic() + 60
         # until it has come further than before, then at a moment of its own
-        while process.poll() is None and len(checkpoint.list_checkpoints(folder)) <= min(seen, 1) and time.monotonic() < deadline:
+        while (
+            process.poll() is None
+            and len(checkpoint.list_checkpoints(folder)) <= min(seen, 1)
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.01)
         time.sleep(moments.uniform(0, 0.3))
         ended = process.poll() is not None
@@ -83,10 +94,18 @@ def test_a_signal_finishes_the_step_saves_and_ends_cleanly(
     run_config: MakeConfig, tmp_path: Path, number: signal.Signals
 ) -> None:
     folder = tmp_path / "stopped"
-    values = dict(max_steps=4000, num_epochs=1000, save_steps=100_000, output_dir=str(folder), resume_from_checkpoint="auto")
+    values = dict(
+        max_steps=4000,
+        num_epochs=1000,
+        save_steps=100_000,
+        output_dir=str(folder),
+        resume_from_checkpoint="auto",
+    )
     process = _start(_write(run_config(**values), tmp_path / "stopped.yml"))
     try:
-        while process.poll() is None and len(losses(folder) if (folder / "metrics.jsonl").exists() else []) < 3:
+        while (
+            process.poll() is None and len(losses(folder) if (folder / "metrics.jsonl").exists() else []) < 3
+        ):
             time.sleep(0.02)
         process.send_signal(number)
         _, said = process.communicate(timeout=30)
@@ -101,7 +120,9 @@ def test_a_signal_finishes_the_step_saves_and_ends_cleanly(
     assert len(losses(folder)) == done + 2
 
 
-def test_damaged_checkpoints_are_passed_over(run_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_checkpoints_are_passed_over(
+    run_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     values = dict(save_steps=2, output_dir=str(tmp_path / "run"), resume_from_checkpoint="auto")
     train(run_config(**values))
     expected = losses(tmp_path / "run")
@@ -147,8 +168,17 @@ def test_missing_checkpoint_names_those_there_are(run_config: MakeConfig) -> Non
 
 
 def test_keeps_as_many_as_asked_and_the_best(run_config: MakeConfig, tmp_path: Path) -> None:
-    train(run_config(max_steps=6, save_steps=1, save_total_limit=2, eval_steps=1, val_set_size=8, learning_rate=0.3,
-                     load_best_model_at_end=True))
+    train(
+        run_config(
+            max_steps=6,
+            save_steps=1,
+            save_total_limit=2,
+            eval_steps=1,
+            val_set_size=8,
+            learning_rate=0.3,
+            load_best_model_at_end=True,
+        )
+    )
     kept = {path.name for path in checkpoint.list_checkpoints(tmp_path / "run")}
     state, _ = checkpoint.read_state(tmp_path / "run" / "checkpoint-6")
     assert state.best_step is not None

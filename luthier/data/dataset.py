@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from luthier.config import Config, DatasetEntry, UserPrompt
 from luthier.data.cache import Store, Writer, cache_folder, cache_key, open_store
-from luthier.data.formats import kind_of_entry
+from luthier.data.formats import check_entry, kind_of_entry
 from luthier.data.readers import Rows, open_rows
 from luthier.data.report import DataReport, SourceReport, length_histogram, merge_tallies
 from luthier.data.tokenise import Tokeniser, tokenise
@@ -171,7 +171,7 @@ def _documents_of(
 ) -> tuple[Store, str, bool]:
     """The entries' documents, their cache key, and whether they were in the cache."""
     for entry in entries:
-        kind_of_entry(entry)  # an unknown type is said before any data is read
+        check_entry(entry)  # mistakes in the config are said before any data is read
     opened = [open_rows(entry) for entry in entries]
     key = cache_key(entries, [rows.fingerprint for rows in opened], tokenizer, config)
     folder = cache_folder(config) / key

@@ -190,6 +190,52 @@ def kind_of_entry(entry: DatasetEntry) -> str:
     )
 
 
+_PROMPT_FIELDS = frozenset({"field_instruction", "field_input", "field_output", "field_system"})
+_READ = {
+    "prompt": _PROMPT_FIELDS,
+    "completion": frozenset({"field"}),
+    "input_output": frozenset({"field"}),
+    "tokens": frozenset({"labels_shifted"}),
+    "chat_template": frozenset(
+        {
+            "field_messages",
+            "field_tools",
+            "field_system",
+            "message_property_mappings",
+            "roles",
+            "chat_template",
+            "roles_to_train",
+            "train_on_eos",
+        }
+    ),
+}
+"""Keys of an entry that not every type reads, and who does."""
+_WHO = {
+    "prompt": "prompts with an answer (alpaca and the like)",
+    "completion": "`type: completion`",
+    "input_output": "`type: input_output`",
+    "tokens": "rows that are tokens already (no `type`)",
+    "chat_template": "`type: chat_template`",
+}
+
+
+def check_entry(entry: DatasetEntry) -> None:
+    """Raises ConfigError for an unknown type, a bad prompt, and keys that would do nothing with this type."""
+    kind = kind_of_entry(entry)
+    if kind == "prompt":
+        prompt_format(entry)
+    optional = frozenset().union(*_READ.values())
+    written = [name for name in sorted(optional - _READ[kind]) if getattr(entry, name)]
+    if written:
+        kinds = [other for other, read in _READ.items() if written[0] in read]
+        name = "rows of tokens" if kind == "tokens" else "this type"
+        raise ConfigError(
+            f"datasets: {entry.path}: {', '.join(written)}: {'do' if len(written) > 1 else 'does'} nothing with "
+            f"{name}; {written[0]} goes with {' and '.join(_WHO[other] for other in kinds)}. Leave out what is "
+            "not meant."
+        )
+
+
 # --- prompts with an answer ---------------------------------------------------------------------------------
 
 

@@ -89,7 +89,7 @@ def open_rows(entry: DatasetEntry) -> Rows:
     itself."""
     path, count = _without_count(entry.path)
     split, start, stop = _parse_split(entry.split)
-    local = Path(path).expanduser()
+    local, is_hub = Path(path).expanduser(), False
     if path in ("json", "csv", "parquet", "arrow") and entry.data_files and not local.exists():
         # Named by the loader of `datasets` that reads it: the files alone say where the data is.
         rows = _rows_of_files(entry, _chosen_files(Path(), entry), path)
@@ -101,9 +101,14 @@ def open_rows(entry: DatasetEntry) -> Rows:
             raise ConfigError(f"datasets: `data_files` names files in a folder, but {path} is a file.")
         rows = _rows_of_files(entry, _matches(Path(), path, f"path: {path}"))
     elif _looks_like_a_hub_id(path):
-        rows, start, stop = _rows_of_hub(entry, path), 0, None
+        rows, start, stop, is_hub = _rows_of_hub(entry, path), 0, None, True
     else:
         raise DataError(_missing_file(local))
+    if not is_hub and (entry.name or entry.revision):
+        key = "name" if entry.name else "revision"
+        raise ConfigError(
+            f"datasets: {key}: {getattr(entry, key)}: only a hub dataset has one, and {path} is local."
+        )
     rows = Rows(entry.path, rows.source, rows.hashed, start, stop)
     return rows if count is None else rows.take(count)
 
@@ -311,8 +316,11 @@ def _rows_of_hub(entry: DatasetEntry, name: str) -> Rows:
         ) from error
 
     def source() -> Iterator[tuple[str, Row | DataError]]:
-        for number, row in enumerate(loaded, start=1):
-            yield f"{name}:{number}", without_nulls(row)
+        number = 0
+        for table in loaded.with_format("arrow").iter(batch_size=1000):
+            for row in table.to_pylist():
+                number += 1
+                yield f"{name}:{number}", without_nulls(row)
 
     def hashed() -> str:
         files = [Path(file["filename"]) for file in loaded.cache_files]

@@ -11,7 +11,7 @@ import pytest
 
 from luthier.config import DatasetEntry, UserPrompt
 from luthier.data.examples import ChatExample, Segment, TextExample, TokenExample
-from luthier.data.formats import columns_of, example_of, prompt_example
+from luthier.data.formats import check_entry, columns_of, example_of, prompt_example
 from luthier.data.readers import open_rows
 from luthier.errors import ConfigError, DataError
 
@@ -131,6 +131,23 @@ def test_unknown_type_names_all() -> None:
         ConfigError, match=r"no type `alpacca`. Did you mean `alpaca`\? Types: alpaca, .*input_out"
     ):
         example_of({"a": 1}, entry(type="alpacca"), False)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"type": "alpaca", "roles_to_train": ["user"]}, "roles_to_train: does nothing with this type"),
+        ({"type": "chat_template", "field_output": "a"}, "goes with prompts with an answer"),
+        ({"type": "alpaca", "field": "x", "labels_shifted": True}, "field, labels_shifted: do nothing"),
+        (
+            {"field_messages": "x"},
+            "nothing with rows of tokens; field_messages goes with `type: chat_template`",
+        ),
+    ],
+)
+def test_keys_that_do_nothing(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_entry(entry(**keys))
 
 
 # --- a prompt of one's own

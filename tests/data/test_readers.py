@@ -279,6 +279,36 @@ def test_hub_ids_without_a_network_are_one_message() -> None:
         open_rows(DatasetEntry(path="someone/some-data"))
 
 
+def test_hub_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    asked: list[Any] = []
+
+    def load_dataset(*args: Any, **keys: Any) -> Any:
+        asked.append((args, keys))
+        messages = [[{"role": "user", "content": "x"}], [{"role": "tool", "name": "f"}]]
+        return datasets.Dataset.from_dict({"text": ["a", "b"], "messages": messages})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    entry = DatasetEntry(
+        path="someone/data#5", name="en", split="test[:10%]", revision="v1", data_files="x.json"
+    )
+    rows = open_rows(entry)
+    assert list(rows) == [
+        ("someone/data:1", {"text": "a", "messages": [{"role": "user", "content": "x"}]}),
+        ("someone/data:2", {"text": "b", "messages": [{"role": "tool", "name": "f"}]}),
+    ]
+    assert asked == [
+        (("someone/data", "en"), {"split": "test[:10%]", "revision": "v1", "data_files": "x.json"})
+    ]
+    assert open_rows(entry).fingerprint == rows.fingerprint
+
+
+def test_keys_of_hub_datasets_do_nothing_here(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", ROWS)
+    with pytest.raises(ConfigError, match=r"revision: v1: only a hub dataset has one"):
+        open_rows(DatasetEntry(path=str(path), revision="v1"))
+
+
 # --- fingerprints
 
 

@@ -81,7 +81,7 @@ def command(
     for piece in deltas:
         sys.stdout.write(piece)
         sys.stdout.flush()
-    sys.stdout.write("\n")
+    print(flush=True)
     assert deltas.completion is not None
     count, seconds = len(deltas.completion.token_ids), time.perf_counter() - began
     ended = "" if deltas.completion.finish_reason == "stop" else "; cut off, see --max-new-tokens"

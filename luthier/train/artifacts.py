@@ -115,13 +115,14 @@ def write_model_card(folder: Path, config: Config, summary: Mapping[str, Any]) -
     name = Path(config.output.output_dir).expanduser().resolve().name
     lora = config.adapter.adapter is not None
     base = config.model.base_model
+    named = base if _hub_id(base) else f"{Path(base).expanduser().resolve().name} (a local model)"
     what = "A LoRA adapter for" if lora else "A fine-tuned version of"
     parts = [
         f"---\n{_front_matter(config).to_yaml()}\n---\n\n# {name}\n",
-        f"{what} `{base}`, made with Luthier {luthier.__version__}.\n",
+        f"{what} {named}, made with Luthier {luthier.__version__}.\n",
         "## Data\n",
         _table(("dataset", "type"), _dataset_rows(config)),
-        *([f"{summary['examples']:,} documents were trained on.\n"] if summary.get("examples") else []),
+        *([f"{summary['examples']:,} documents in the training data.\n"] if summary.get("examples") else []),
         "## Result\n",
         _table(("", ""), _result_rows(summary)),
         "![Losses over the steps](loss.png)\n",
@@ -163,6 +164,7 @@ def plot_losses(folder: Path) -> None:
         rate.plot(*zip(*rates, strict=True), color="#666666", linewidth=1)
     rate.set_ylabel("learning rate")
     rate.set_xlabel("step")
+    rate.xaxis.get_major_locator().set_params(integer=True)
     rate.grid(alpha=0.3)
     write_atomic(folder / "loss.png", lambda partial: figure.savefig(partial, dpi=120))
 

@@ -77,7 +77,7 @@ def test_the_card_is_one_that_the_hub_reads(tmp_path: Path) -> None:
     assert "lora" in data["tags"]
     assert card.text.strip().startswith("# my-run\n")
     for piece in (
-        "1,900 documents",
+        "1,900 documents in",
         "| best evaluation loss | 0.7500 |",
         "| weights of step | 80 |",
         "0.5123",

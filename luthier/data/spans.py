@@ -1,15 +1,14 @@
 """Which characters of a rendered conversation the model has to write itself.
 
 A template gives no account of where a message went: it trims, adds headers, drops the reasoning of earlier
-turns. But it can be asked again. A trained answer begins where the same conversation, cut off before it, ends
-with a generation header, and it ends with the token that ends its turn; both are found by rendering parts of
-the conversation, or by putting something else in a message's place and comparing with the full text.
+turns. But it can be asked again. A trained answer begins where the same conversation, cut off before it, ends with
+a generation header, and it ends with the token that ends its turn; both are found by rendering parts of the
+conversation, or by putting something else in a message's place and comparing with the full text.
 
-That takes two or three renders for every turn. The quick way takes one for all of them: it puts a mark that
-no text holds at each end of every content, renders once, and checks that without the marks it is the same
-text. Then what stands around an answer is compared with what the template is known to put there
-(`chat.Habits`); wherever something does not fit, the slow way decides. Where neither finds a turn, the row is
-an error: a wrong mask is worse than none.
+That takes two or three renders for every turn. The quick way takes at most one for all of them, which finds the
+contents (`places`); then what stands around an answer is compared with what the template is known to put there
+(`chat.Habits`). Wherever something does not fit, the slow way decides, and the first rows go both ways. Where
+neither finds a turn, the row is an error: a wrong mask is worse than none.
 """
 
 from __future__ import annotations
@@ -18,17 +17,13 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from luthier.data.chat import ChatTemplate, Message, Span, Tools
+from luthier.data.places import PlaceFinder, Places, text_of
 from luthier.errors import DataError
 
 log = logging.getLogger("luthier")
 
-# Two characters of a private plane for each message: its content's beginning and end.
-_FIRST_MARK = 0xF0000
-_LAST_MARK = 0xFFFFD
-_ANY_MARK = re.compile(f"[{chr(_FIRST_MARK)}-{chr(_LAST_MARK)}]")
 _STAND_IN = chr(0x10FFFD) + "luthier" + chr(0x10FFFC)
 _COMPARED_ROWS = 8
 
@@ -47,6 +42,7 @@ class TurnFinder:
 
     def __init__(self, template: ChatTemplate) -> None:
         self.template = template
+        self._places = PlaceFinder(template)
         self._quick_is_right = True
         self._compared = 0
 
@@ -60,7 +56,7 @@ class TurnFinder:
         """
         found: dict[int, Turn] = {}
         if self._quick_is_right and wanted:
-            quick = _Quick(self.template, messages, tools, full)
+            quick = _Quick(self.template, messages, full, self._places.places(messages, tools, full))
             found = {at: turn for at in wanted if (turn := quick.turn(at)) is not None}
         missing = [at for at in wanted if at not in found]
         slow = _Slow(self.template, messages, tools, full)
@@ -89,13 +85,13 @@ class TurnFinder:
 
 
 class _Quick:
-    """Turns by marks around contents: one render for the whole conversation."""
+    """Turns by what stands around the contents, whose places are known."""
 
-    def __init__(self, template: ChatTemplate, messages: Sequence[Message], tools: Tools, full: str) -> None:
+    def __init__(self, template: ChatTemplate, messages: Sequence[Message], full: str, at: Places) -> None:
         self._template = template
         self._messages = messages
         self._full = full
-        self._at = self._positions(tools)
+        self._at = at
 
     def turn(self, index: int) -> Turn | None:
         if self._messages[index].get("role") == "assistant":
@@ -156,7 +152,7 @@ class _Quick:
         start, end, limit = self._at.get(2 * index), self._at.get(2 * index + 1), self._limit(index)
         if start is None or end is None or limit is None or end < start:
             return None
-        if (text := _text_of(self._messages[index])) != text.strip():
+        if (text := text_of(self._messages[index])) != text.strip():
             return None  # whether these spaces are the content's or the template's cannot be told from here
         match = self._template.ends.search(self._full, end, limit)
         return Turn(start, match.start() if match else end, match.span() if match else None)
@@ -166,29 +162,6 @@ class _Quick:
         if index + 1 == len(self._messages):
             return len(self._full)
         return self._at.get(2 * index + 2)
-
-    def _positions(self, tools: Tools) -> dict[int, int]:
-        """Places of the marks in the text; none at all if the marks changed anything."""
-        if len(self._messages) * 2 > _LAST_MARK - _FIRST_MARK or _ANY_MARK.search(self._full):
-            return {}
-        marked_messages = [_marked(message, 2 * at) for at, message in enumerate(self._messages)]
-        try:
-            marked = self._template.text(marked_messages, tools)
-        except DataError:
-            return {}
-        found: dict[int, int] = {}
-        seen_twice: set[int] = set()
-        for count, match in enumerate(_ANY_MARK.finditer(marked)):
-            number = ord(match.group()) - _FIRST_MARK
-            if number in found:
-                seen_twice.add(number)
-            found[number] = match.start() - count
-        if _ANY_MARK.sub("", marked) != self._full:
-            return {}
-        in_order = [found[number] for number in sorted(found)]
-        if in_order != sorted(in_order):
-            return {}  # Gemma 4 puts what an answer says beside a tool call behind the tool's result
-        return {number: place for number, place in found.items() if number not in seen_twice}
 
 
 class _Slow:
@@ -213,7 +186,7 @@ class _Slow:
         start, block_end = self._start(index), self._block_end(index)
         limit = block_end if block_end is not None else self._region(index + 1)[0]
         search_from = start
-        if self._template.ends.search(_text_of(message)):
+        if self._template.ends.search(text_of(message)):
             search_from = max(start, self._region(index)[1])  # an end inside the content is not the turn's
         matches = list(self._template.ends.finditer(self._full, search_from, limit))
         if matches:
@@ -282,8 +255,8 @@ class _Slow:
     def _lost(self, index: int) -> DataError:
         role = self._messages[index].get("role")
         return DataError(
-            f"message {index + 1} ({role}): the chat template rewrites the conversation so that this turn "
-            "cannot be found in its text; mark what the model writes with {% generation %} in the template, or "
+            f"message {index + 1} ({role}): the chat template rewrites the conversation so that this "
+            "turn cannot be found in its text; mark what the model writes with {% generation %} in the template, or "
             "use another chat_template"
         )
 
@@ -323,36 +296,6 @@ def _both_ways(spaces: str) -> tuple[str, ...]:
     return (spaces, "") if spaces else ("",)
 
 
-def _text_of(message: Message) -> str:
-    content = message.get("content")
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list):
-        return "".join(part.get("text") or "" for part in content if isinstance(part, dict))
-    return ""
-
-
 def _trailing(message: Message) -> str:
-    text = _text_of(message)
+    text = text_of(message)
     return text[len(text.rstrip()) :]
-
-
-def _marked(message: Message, number: int) -> Message:
-    """A copy with marks inside the outer spaces of its content, which templates may trim."""
-    content: Any = message.get("content")
-    first, last = chr(_FIRST_MARK + number), chr(_FIRST_MARK + number + 1)
-    if isinstance(content, str) and (core := content.strip()):
-        return {**message, "content": content.replace(core, first + core + last, 1)}
-    texts = [at for at, part in enumerate(content) if _is_text(part)] if isinstance(content, list) else []
-    if not texts:
-        return message
-    parts = [dict(part) if isinstance(part, dict) else part for part in content]
-    core = parts[texts[0]]["text"].lstrip()
-    parts[texts[0]]["text"] = parts[texts[0]]["text"][: -len(core)] + first + core
-    core = parts[texts[-1]]["text"].rstrip()
-    parts[texts[-1]]["text"] = core + last + parts[texts[-1]]["text"][len(core) :]
-    return {**message, "content": parts}
-
-
-def _is_text(part: object) -> bool:
-    return isinstance(part, dict) and isinstance(part.get("text"), str) and bool(part["text"].strip())

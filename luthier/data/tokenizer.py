@@ -189,8 +189,8 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
     if chosen is None and any(entry.chat_template in (None, "tokenizer_default") for entry in entries):
         source = config.model.tokenizer_config or config.model.base_model
         raise ConfigError(
-            f"a dataset of type chat_template needs a chat template, and the tokenizer of {source} brings "
-            f"none. Set chat_template to one of {', '.join(templates.names())}, or to the path of a .jinja file."
+            f"a dataset of type chat_template needs a chat template, and the tokenizer of {source} "
+            f"brings none. Set chat_template to one of {', '.join(templates.names())}, or to the path of a .jinja file."
         )
 
 

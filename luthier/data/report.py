@@ -95,9 +95,8 @@ class SourceReport:
         left = sum(tally.count for tally in self.dropped.values())
         yield (
             logging.INFO,
-            f"{self.path} ({self.type}): {self.rows:,} rows, {self.kept:,} documents, {self.tokens:,} "
-            f"tokens, {self.trained_tokens:,} of them trained, the longest {self.longest:,}; {left:,} rows "
-            "left out",
+            f"{self.path} ({self.type}): {self.rows:,} rows, {self.kept:,} documents, {self.tokens:,} tokens "
+            f"({self.trained_tokens:,} trained), the longest {self.longest:,}; {left:,} left out",
         )
         for reason, tally in self.dropped.items():
             yield (

@@ -97,7 +97,7 @@ def fit(
     Raises:
         RunError: the loss is not finite, or a checkpoint cannot be written.
     """
-    while state.step < plan.total_steps:
+    while state.step < plan.total_steps and not _patience_is_over(state, plan):
         began = time.perf_counter()
 
         # 1. The whole step is known first, so that every pass has the step's denominator.
@@ -117,15 +117,26 @@ def fit(
             loss += partial.detach()
             correct += hits.sum()
         step_loss = float(loss)
-        if not math.isfinite(step_loss):
-            raise RunError(_not_finite(step_loss, state.step + 1, loader.locations(step), checkpoints))
 
-        # 3. Clip, step, and copy the masters into the 16-bit parameters.
+        # 3. Clip, step, and copy the masters into the 16-bit parameters. With fp16 an overflow is ordinary: the
+        #    scaler skips that step and lowers the scale.
         scaler.unscale_(optimizer)
-        norm = clip(masters)
+        norm = float(clip(masters))
+        if not math.isfinite(step_loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+            what = (
+                f"the loss is {step_loss}"
+                if not math.isfinite(step_loss)
+                else f"the gradient's norm is {norm}"
+            )
+            raise RunError(_not_finite(what, state.step + 1, loader.locations(step), checkpoints))
+        before = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
         masters.publish()
+        if scaler.get_scale() < before:
+            recorder.say(
+                f"step {state.step + 1} is skipped: fp16 overflowed; loss scale now {scaler.get_scale():g}"
+            )
 
         # 4. Account for it.
         state.step += 1
@@ -142,7 +153,7 @@ def fit(
         # 5. Log, evaluate, save.
         last = state.step == plan.total_steps
         if plan.log(state.step) or last:
-            recorder.row(_row(state, plan, loader, rate, float(norm), peak_memory()))
+            recorder.row(_row(state, plan, loader, rate, norm, peak_memory()))
             state.window = Window()
         improved = False
         if plan.evaluate(state.step) and evaluate:
@@ -156,7 +167,7 @@ def fit(
         # 6. End early: asked to, or no longer improving.
         if stopping:
             break
-        if plan.patience is not None and state.evaluations_since_best >= plan.patience:
+        if _patience_is_over(state, plan):
             checkpoints.save(state, masters.masters, optimizer)
             recorder.say(
                 f"stopping early: eval loss has not improved in {plan.patience} evaluations "
@@ -164,6 +175,10 @@ def fit(
             )
             break
     return state
+
+
+def _patience_is_over(state: State, plan: Plan) -> bool:
+    return plan.patience is not None and state.evaluations_since_best >= plan.patience
 
 
 def _add(window: Window, loss: float, correct: int, step: Step, seconds: float) -> None:
@@ -220,10 +235,10 @@ def overfitting_since(state: State) -> int | None:
     return best[0] if last[1] > best[1] and last[2] < best[2] else None
 
 
-def _not_finite(loss: float, step: int, rows: list[str], checkpoints: Checkpoints) -> str:
+def _not_finite(what: str, step: int, rows: list[str], checkpoints: Checkpoints) -> str:
     kept = latest(checkpoints.folder)
     return (
-        f"the loss is {loss} at step {step}, and nothing of this step was applied. Its rows: "
+        f"{what} at step {step}, and nothing of this step was applied. Its rows: "
         f"{', '.join(rows[:16])}{f' and {len(rows) - 16} more' if len(rows) > 16 else ''}. "
         + (f"The last good checkpoint is {kept}. " if kept else "No checkpoint was written before it. ")
         + "Try a lower learning_rate, more warmup_steps, or bf16 instead of fp16."

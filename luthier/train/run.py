@@ -106,6 +106,7 @@ def train(config: Config) -> RunResult:
     state = State()
     if resume_from is not None:
         state = _resume(resume_from, job, masters, optimizer, scaler)
+        _say_changes(folder, config)
     write_text_atomic(folder / CONFIG, config.to_yaml())
     write_environment(
         folder, {"data": data.report.describe(), "device": str(device), "dtype": str(dtype)[6:]}
@@ -365,6 +366,20 @@ def _resume(
         scaler.load_state_dict(state.loss_scale)
     log.info("going on from %s", path)
     return state
+
+
+def _say_changes(folder: Path, config: Config) -> None:
+    """Name the settings that are not those that the run began with; the checkpoint allows them."""
+    if not (folder / CONFIG).is_file():
+        return
+    before, now = Config.load(folder / CONFIG).flat(), config.flat()
+    for key in now:
+        if before[key] != now[key] and key not in (
+            "output_dir",
+            "overwrite_output_dir",
+            "resume_from_checkpoint",
+        ):
+            log.warning("%s was %s when this run began and is %s now", key, before[key], now[key])
 
 
 def _last_loss(folder: Path) -> float | None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +146,8 @@ def test_stops_early_and_keeps_the_best(
         )
     )
     assert result.finished and result.state.step < 50
+    again = train(Config.load(tmp_path / "run" / "config.yaml", ["resume_from_checkpoint=auto"]))
+    assert again.state.step == result.state.step
     assert "stopping early" in capsys.readouterr().err
     best = checkpoint.read_masters(tmp_path / "run" / f"checkpoint-{result.state.best_step}")
     assert result.summary["kept_step"] == result.state.best_step and best
@@ -190,6 +194,40 @@ def test_an_unwritable_folder_is_one_message(run_config: MakeConfig, tmp_path: P
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be written"):
         train(run_config(output_dir=str(tmp_path / "file" / "run")))
+
+
+def test_fp16_scales_the_loss_and_comes_near_fp32(
+    run_config: MakeConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from luthier.train import run
+
+    values = {"save_steps": 2, "learning_rate": 1e-3}
+    train(run_config(**values, output_dir=str(tmp_path / "fp32")))
+    monkeypatch.setattr(run, "choose_dtype", lambda config, device: torch.float16)
+    train(run_config(**values, output_dir=str(tmp_path / "high")))
+    assert "step 1 is skipped: fp16 overflowed; loss scale now 32768" in capsys.readouterr().err
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=64.0))
+    train(run_config(**values))
+    assert checkpoint.read_state(tmp_path / "run" / "checkpoint-6")[0].loss_scale["scale"] > 1
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "fp32"), atol=1e-2)
+    expected = losses(tmp_path / "run")
+    for name in ("checkpoint-6", "checkpoint-4"):
+        shutil.rmtree(tmp_path / "run" / name)
+    train(run_config(**values, resume_from_checkpoint="auto"))
+    assert losses(tmp_path / "run") == expected
+
+
+def test_gradients_that_are_not_finite_stop_the_run_as_well(
+    run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from luthier.train import run
+
+    monkeypatch.setattr(run, "clip_gradients", lambda masters, max_norm: torch.tensor(math.nan))
+    with pytest.raises(RunError, match="gradient's norm is nan at step 1"):
+        train(run_config())
 
 
 @pytest.mark.parametrize("values", [{"bf16": True}, {"fp16": True}])

@@ -164,6 +164,10 @@ class _Quick:
         return self._at.get(2 * index + 2)
 
 
+class _Lost(Exception):
+    """No comparison shows where a message is."""
+
+
 class _Slow:
     """Turns one by one, by rendering parts of the conversation and by replacing contents."""
 
@@ -174,8 +178,18 @@ class _Slow:
         self._full = full
 
     def turn(self, index: int) -> Turn:
-        if self._messages[index].get("role") == "assistant":
-            return self._answer(index)
+        """Raises DataError if the turn cannot be told from what surrounds it."""
+        role = self._messages[index].get("role")
+        try:
+            return self._answer(index) if role == "assistant" else self._other(index)
+        except _Lost:
+            raise DataError(
+                f"message {index + 1} ({role}): the chat template rewrites the conversation so that this turn cannot "
+                "be found in its text; mark what the model writes with {% generation %} in the template, or use "
+                "another chat_template"
+            ) from None
+
+    def _other(self, index: int) -> Turn:
         start, end = self._region(index)
         limit = self._region(index + 1)[0] if index + 1 < len(self._messages) else len(self._full)
         match = self._template.ends.search(self._full, end, limit)
@@ -193,7 +207,7 @@ class _Slow:
             return Turn(start, matches[-1].start(), matches[-1].span())
         end = block_end if message.get("tool_calls") else self._region(index)[1]
         if end is None or not start <= end <= limit:
-            raise self._lost(index)
+            raise _Lost
         if index + 1 < len(self._messages) and self._template.eot_tokens:
             # A token that ends turns, as the user says, and opens the next message for the template (GLM 4).
             behind = self._template.ends.search(self._full, end, self._region(index + 1)[0])
@@ -218,7 +232,7 @@ class _Slow:
         for length in reversed(_header_cuts(self._template, header)):
             if (place := between.find(header[:length])) >= 0:
                 return after + place + length
-        raise self._lost(index)
+        raise _Lost
 
     def _block_end(self, index: int) -> int | None:
         """The end of what the template writes for this message, if it writes the same when cut off there."""
@@ -238,27 +252,19 @@ class _Slow:
     def _region(self, index: int) -> Span:
         """Where the text changes if a message says something else."""
         if _STAND_IN[0] in self._full:
-            raise self._lost(index)
+            raise _Lost
         changed = [dict(message) for message in self._messages]
         changed[index]["content"] = _STAND_IN
         try:
             other = self._template.text(changed, self._tools)
         except DataError:
-            raise self._lost(index) from None
+            raise _Lost from None
         if other.count(_STAND_IN) != 1:
-            raise self._lost(index)
+            raise _Lost
         start = _same(self._full, other)
         most = min(len(self._full), len(other)) - start
         behind = _same(self._full[::-1][:most], other[::-1][:most])
         return start, len(self._full) - behind
-
-    def _lost(self, index: int) -> DataError:
-        role = self._messages[index].get("role")
-        return DataError(
-            f"message {index + 1} ({role}): the chat template rewrites the conversation so that this "
-            "turn cannot be found in its text; mark what the model writes with {% generation %} in the template, or "
-            "use another chat_template"
-        )
 
 
 def _same(first: str, second: str) -> int:

@@ -14,9 +14,23 @@ from luthier.config import Config, DatasetEntry
 
 Message = dict[str, Any]
 
-_WORDS = "hello the answer is 42 naïve 日本 🚀🚀 \n \n\n code() 'x' \"y\" ### user assistant Response: {a} <b>".split(
-    " "
-)
+_WORDS = [
+    "hello",
+    "the",
+    "answer",
+    "is",
+    "42",
+    "naïve",
+    "日本",
+    "🚀🚀",
+    "\n",
+    "\n\n",
+    "code()",
+    "'x'",
+    '"y"',
+    "###",
+]
+_WORDS += ["user", "assistant", "Response:", "{a}", "<b>"]
 _CONTROL = re.compile(
     r"<[|｜][^\s<>{}'\"+]*?[|｜]>|</?s>|<(?:start|end)_of_turn>|<\|?turn\|?>|<end_of_utterance>"
 )

@@ -319,7 +319,7 @@ def test_a_turn_that_cannot_be_found_is_an_error(tokenizer_with, chat_config):
         "{% else %}{{ messages | length }}{% endif %}{% endfor %}"
     )
     config, entry = chat_config()
-    with pytest.raises(DataError, match=r"message 4 \(assistant\): .* cannot be found"):
+    with pytest.raises(DataError, match=r"message 2 \(assistant\): .* cannot be found"):
         Renderer(tokenizer_with(template), config).render([ChatExample(chat("Q", "A", "Q", "B", "C"))], entry)
 
 

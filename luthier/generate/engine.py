@@ -117,7 +117,12 @@ class Engine:
         # A recurrent state has read its padding, whatever the mask says later; and where rotary angles depend
         # on the length of the text, a long row in the batch would change them for a short one.
         recurrent = bool(getattr(model, "_is_stateful", False))
-        self._unlike_apart = recurrent or _angles_depend_on_length(model.config)
+        kinds = _rope_kinds(model.config)
+        self._unlike_apart = recurrent or bool(kinds & {"dynamic", "longrope"})
+        # Where longrope changes all its angles at once, what is cached has the old ones.
+        self._switch: int | None = None
+        if "longrope" in kinds:
+            self._switch = getattr(model.config.get_text_config(), "original_max_position_embeddings", None)
 
     def generate(
         self,
@@ -292,6 +297,8 @@ class Engine:
             if mask is not None:
                 inputs["attention_mask"] = mask[:, :end]
                 inputs["position_ids"] = mask[:, :end].sum(-1, keepdim=True) - 1
+            if end - 1 == self._switch:
+                inputs = {"input_ids": ids[:, :end], "use_cache": True, **self._keep_last}
 
 
 def default_terminators(model: Any) -> list[int]:
@@ -318,17 +325,17 @@ def _laid_out(rows: Sequence[_Row], shared: int, width: int, device: Any) -> tup
     return ids.to(device), mask.to(device) if padded else None
 
 
-def _angles_depend_on_length(config: Any) -> bool:
-    """Whether RoPE is of a kind that changes once a text is longer than those of the first training."""
+def _rope_kinds(config: Any) -> set[str]:
+    """Names of the kinds of rotary embedding in a config; layers may have several."""
     text_config = config.get_text_config()
     found = [getattr(text_config, name, None) for name in ("rope_parameters", "rope_scaling")]
+    kinds: set[str] = set()
     while found:
         value = found.pop()
         if isinstance(value, dict):
-            if {value.get("rope_type"), value.get("type")} & {"dynamic", "longrope"}:
-                return True
+            kinds |= {str(value[key]) for key in ("rope_type", "type") if value.get(key)}
             found.extend(inner for inner in value.values() if isinstance(inner, dict))
-    return False
+    return kinds
 
 
 @contextmanager

@@ -29,6 +29,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral-sliding": ("MistralConfig", {"sliding_window": 8}),
     "qwen3": ("Qwen3Config", {"head_dim": 8}),
     "gemma2": ("Gemma2Config", {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8}),
+    # The angles change at the 25th token: within some answers, and between the lengths of the prompts.
+    "phi3-longrope": (
+        "Phi3Config",
+        {
+            "original_max_position_embeddings": 24,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0] * 4,
+                "long_factor": [3.0] * 4,
+            },
+        },
+    ),
     "gpt2": ("GPT2Config", {}),
     "bloom": ("BloomConfig", {}),
     "falcon_h1": (

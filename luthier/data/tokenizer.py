@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.config import Config
 from luthier.data import templates
 from luthier.data.chat import ChatTemplate
+from luthier.data.encode import TextEncoder
 from luthier.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
@@ -146,8 +147,12 @@ def _set_tokens(tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
         for name in ("bos_token", "eos_token", "pad_token", "unk_token")
         if (value := getattr(special, name)) is not None
     }
+    old_bos = tokenizer.bos_token_id
+    puts_bos = "bos_token" in named and old_bos is not None and TextEncoder(tokenizer).opening == [old_bos]
     if named:
         tokenizer.add_special_tokens(named)
+    if puts_bos and tokenizer.is_fast and tokenizer.bos_token_id != old_bos:
+        tokenizer.add_bos_token = True  # has the new one put before texts instead of the old one
     if special.additional_special_tokens:
         tokenizer.add_special_tokens(
             {"additional_special_tokens": list(special.additional_special_tokens)},
@@ -155,8 +160,6 @@ def _set_tokens(tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
         )
     if config.model.tokens:
         tokenizer.add_tokens(list(config.model.tokens))
-    if "bos_token" in named or "eos_token" in named:
-        _renew_openings(tokenizer)
     if (new := len(tokenizer) - before) > 0:
         names = tokenizer.convert_ids_to_tokens(list(range(before, len(tokenizer))))
         log.info(
@@ -165,15 +168,6 @@ def _set_tokens(tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
             "s" if new > 1 else "",
             ", ".join(map(str, names[:8])),
         )
-
-
-def _renew_openings(tokenizer: PreTrainedTokenizerBase) -> None:
-    """A tokenizer that puts BOS before a text has to put the new one there."""
-    renew = getattr(tokenizer, "update_post_processor", None)
-    if renew is not None and (
-        getattr(tokenizer, "add_bos_token", False) or getattr(tokenizer, "add_eos_token", False)
-    ):
-        renew()
 
 
 def _set_template(tokenizer: PreTrainedTokenizerBase, config: Config) -> None:

@@ -48,23 +48,26 @@ _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 @dataclass(slots=True)
 class Habits:
-    """What a template does around the contents of messages.
-
-    `endings` are the texts between an answer and the end of its terminator, `openings` per role the text
-    between such a message's content and the place from which an answer is generated, and `gaps` the first
-    part of that: what ends the message, before the header of the answer. `header` is that header,
-    `before_answer` what the template writes between it and the content of a last answer, `tail` all that
-    stands behind the content.
-    """
+    """What a template does around the contents of messages."""
 
     endings: set[str] = field(default_factory=set)
+    """Texts between an answer and the end of its terminator."""
     last_terminators: list[str] = field(default_factory=list)
+    """Tokens that end an answer at which the conversation ends: where generation stops."""
     terminators: list[str] = field(default_factory=list)
+    """Those, and tokens that end answers in the middle."""
     openings: dict[str, str] = field(default_factory=dict)
+    """Per role, the text between such a message's content and the place from which an answer is generated."""
     gaps: dict[str, str] = field(default_factory=dict)
+    """The first part of that: what ends the message, before the header of the answer."""
     header: str = ""
-    tail: str = ""
+    """The header that opens an answer."""
     before_answer: str = ""
+    """What stands between that header and the content of a last answer."""
+    tail: str = ""
+    """All that stands behind the content of a last answer."""
+    writes_calls: bool = False
+    """Whether tool calls are in the text at all."""
 
 
 class ChatTemplate:
@@ -214,6 +217,7 @@ class ChatTemplate:
             if token not in ends:
                 found.terminators.append(token)
         called = _behind(self._try([_USER, _CALL], [_TOOL]), VALUE)
+        found.writes_calls = called is not None
         if called:
             known_end = _any_of({*found.last_terminators, *found.terminators, *self.eot_tokens}).search(
                 called

@@ -82,7 +82,7 @@ def chat_notes(messages: Sequence[Message], text: str, template: ChatTemplate) -
     special = next(filter(None, map(template.special_tokens.search, contents)), None)
     if special is not None:
         yield SPECIAL_TEXT, special.group()
-    missing = next((said for message in messages for said in _left_out(message, text)), None)
+    missing = next((said for message in messages for said in _left_out(message, text, template)), None)
     if missing is not None:
         yield LEFT_OUT, missing
 
@@ -121,7 +121,7 @@ def _from_marks(template: ChatTemplate, full: str, marks: Sequence[Span], only_l
     return spans
 
 
-def _left_out(message: Message, text: str) -> Iterator[str]:
+def _left_out(message: Message, text: str, template: ChatTemplate) -> Iterator[str]:
     """What a message says and its conversation's text does not: roles, reasoning, calls that were skipped."""
     for key in ("content", *_REASONING_KEYS):
         said: Any = message.get(key)
@@ -131,7 +131,5 @@ def _left_out(message: Message, text: str) -> Iterator[str]:
             if core and core not in text and json.dumps(core, ensure_ascii=False)[1:-1] not in text:
                 shown = core if len(core) <= 40 else core[:37] + "..."
                 yield f"{key} of role {message.get('role')}: {shown!r}"
-    for call in message.get("tool_calls") or ():
-        name = (call.get("function") or call).get("name") if isinstance(call, dict) else None
-        if isinstance(name, str) and name not in text:
-            yield f"call of the tool {name}"
+    if message.get("tool_calls") and not template.habits.writes_calls:
+        yield f"tool calls of role {message.get('role')}"

@@ -165,7 +165,10 @@ class _Quick:
 
 
 class _Lost(Exception):
-    """No comparison shows where a message is."""
+    """No comparison shows where a message is; the text says what the template does."""
+
+    def __init__(self, what: str = "rewrites what was said before") -> None:
+        super().__init__(what)
 
 
 class _Slow:
@@ -182,11 +185,11 @@ class _Slow:
         role = self._messages[index].get("role")
         try:
             return self._answer(index) if role == "assistant" else self._other(index)
-        except _Lost:
+        except _Lost as lost:
             raise DataError(
-                f"message {index + 1} ({role}): the chat template rewrites the conversation so that this turn cannot "
-                "be found in its text; mark what the model writes with {% generation %} in the template, or use "
-                "another chat_template"
+                f"message {index + 1} ({role}): this turn cannot be found in the conversation's text: the chat "
+                f"template {lost}; mark what the model writes with {{% generation %}} in the template, or use another "
+                "chat_template"
             ) from None
 
     def _other(self, index: int) -> Turn:
@@ -260,7 +263,8 @@ class _Slow:
         except DataError:
             raise _Lost from None
         if other.count(_STAND_IN) != 1:
-            raise _Lost
+            role = self._messages[index].get("role")
+            raise _Lost(f"leaves out, changes or repeats what message {index + 1} ({role}) says")
         start = _same(self._full, other)
         most = min(len(self._full), len(other)) - start
         behind = _same(self._full[::-1][:most], other[::-1][:most])

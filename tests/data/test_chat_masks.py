@@ -319,8 +319,30 @@ def test_a_turn_that_cannot_be_found_is_an_error(tokenizer_with, chat_config):
         "{% else %}{{ messages | length }}{% endif %}{% endfor %}"
     )
     config, entry = chat_config()
-    with pytest.raises(DataError, match=r"message 2 \(assistant\): .* cannot be found"):
+    with pytest.raises(DataError, match=r"message 2 \(assistant\): .* cannot be found .*"):
         Renderer(tokenizer_with(template), config).render([ChatExample(chat("Q", "A", "Q", "B", "C"))], entry)
+
+
+def test_templates_without_tools(trl_templates, tokenizer_with, chat_config):
+    """Phi-3's leaves out results, LFM2's first one calls: the one is an error that says so, the other a note."""
+    config, entry = chat_config()
+    messages = [
+        {"role": "user", "content": "Weather?"},
+        CALL,
+        RESULT,
+        {"role": "assistant", "content": "Sunny."},
+    ]
+    for name, notes in (
+        ("lfm2", ((LEFT_OUT, "tool calls of role assistant"),)),
+        ("lfm2_2_5", ()),
+        ("qwen3", ()),
+    ):
+        renderer = Renderer(tokenizer_with(trl_templates[name]), config)
+        assert renderer.render([ChatExample(messages, [TOOL])], entry)[0].notes == notes, name
+    with pytest.raises(
+        DataError, match=r"message 2 \(assistant\): .* leaves out.* what message 3 \(tool\) says"
+    ):
+        Renderer(tokenizer_with(trl_templates["phi3"]), config).render([ChatExample(messages, [TOOL])], entry)
 
 
 def test_contents_in_parts(trl_templates, tokenizer_with, chat_config):

@@ -31,3 +31,30 @@ class ModelError(LuthierError):
 
 class RunError(LuthierError):
     """A run cannot start, go on, or write what it made."""
+
+
+def cannot_load(what: str, name: str, error: Exception) -> ModelError:
+    """One message for the many ways in which transformers says that something cannot be loaded.
+
+    Args:
+        what: "model" or "tokenizer". name: its path or hub id. error: what transformers raised.
+    """
+    text = " ".join(str(error).split())
+    lowered = text.lower()
+    if "gated" in lowered or "401" in text or "403" in text:
+        hint = (
+            "it is gated or private: accept its licence on the hub, then set HF_TOKEN or run `hf auth login`"
+        )
+    elif "trust_remote_code" in lowered:
+        hint = "it needs Python code of its own: read that code, then set trust_remote_code: true"
+    elif "couldn't connect" in lowered or "offline" in lowered or "connection" in lowered:
+        hint = "it is not on this machine, and the hub cannot be reached; check the path or the network"
+    elif "not a valid model identifier" in lowered or "404" in text or "repo id must" in lowered:
+        hint = (
+            "there is no such folder here and no such name on the hub; check base_model and tokenizer_config"
+        )
+    elif "couldn't instantiate the backend tokenizer" in lowered:
+        hint = "its files are not a tokenizer that transformers knows; name another with tokenizer_config"
+    else:
+        hint = f"{type(error).__name__}: {text[:300]}"
+    return ModelError(f"cannot load the {what} {name!r}: {hint}")

@@ -14,7 +14,7 @@ from luthier.config import Config
 from luthier.data import templates
 from luthier.data.chat import ChatTemplate
 from luthier.data.encode import TextEncoder
-from luthier.errors import ConfigError, ModelError
+from luthier.errors import ConfigError, ModelError, cannot_load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,30 +113,7 @@ def _load(config: Config) -> PreTrainedTokenizerBase:
             trust_remote_code=model.trust_remote_code,
         )
     except Exception as error:  # tokenizers raises bare Exception for a broken tokenizer.json
-        raise _load_error(source, error) from error
-
-
-def _load_error(source: str, error: Exception) -> ModelError:
-    """One message for the many ways in which a tokenizer cannot be loaded."""
-    text = " ".join(str(error).split())
-    lowered = text.lower()
-    if "gated" in lowered or "401" in text or "403" in text:
-        hint = (
-            "it is gated or private: accept its licence on the hub, then set HF_TOKEN or run `hf auth login`"
-        )
-    elif "trust_remote_code" in lowered:
-        hint = "it needs Python code of its own: read that code, then set trust_remote_code: true"
-    elif "couldn't connect" in lowered or "offline" in lowered or "connection" in lowered:
-        hint = "it is not on this machine, and the hub cannot be reached; check the path or the network"
-    elif "not a valid model identifier" in lowered or "404" in text or "repo id must" in lowered:
-        hint = (
-            "there is no such folder here and no such name on the hub; check base_model and tokenizer_config"
-        )
-    elif "couldn't instantiate the backend tokenizer" in lowered:
-        hint = "its files are not a tokenizer that transformers knows; name another with tokenizer_config"
-    else:
-        hint = f"{type(error).__name__}: {text[:300]}"
-    return ModelError(f"cannot load the tokenizer {source!r}: {hint}")
+        raise cannot_load("tokenizer", source, error) from error
 
 
 def _set_tokens(tokenizer: PreTrainedTokenizerBase, config: Config) -> None:

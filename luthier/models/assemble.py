@@ -9,11 +9,11 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from luthier.config import AdapterConfig, Config
-from luthier.errors import ModelError
+from luthier.errors import ModelError, cannot_load
 from luthier.models import adapter_files
 from luthier.models.device import choose_device, choose_dtype
 from luthier.models.freeze import set_trainable
-from luthier.models.load import count_parameters, load_error, load_model
+from luthier.models.load import count_parameters, load_model
 from luthier.models.lora import DropoutState, add_lora
 
 log = logging.getLogger("luthier")
@@ -165,4 +165,4 @@ def _tokenizer_beside(source: Path | None, base: str, config: Config) -> PreTrai
             trust_remote_code=config.model.trust_remote_code,
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise load_error("tokenizer", name, error) from error
+        raise cannot_load("tokenizer", name, error) from error

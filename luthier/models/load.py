@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from luthier.config import Config, ModelConfig
-from luthier.errors import ConfigError, ModelError
+from luthier.errors import ConfigError, ModelError, cannot_load
 from luthier.models import attention
 
 log = logging.getLogger("luthier")
@@ -52,7 +52,7 @@ def load_model(
     try:
         model, info = auto_class.from_pretrained(config.model.base_model, **arguments)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        raise load_error("model", config.model.base_model, error) from error
+        raise cannot_load("model", config.model.base_model, error) from error
     model = model.to(device).eval()
     missing = sorted(info["missing_keys"])
     if missing:
@@ -83,7 +83,7 @@ def read_model_config(model: ModelConfig) -> Any:
             model.base_model, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise load_error("model", model.base_model, error) from error
+        raise cannot_load("model", model.base_model, error) from error
 
 
 def _model_class(model: ModelConfig, model_config: Any) -> Any:
@@ -107,25 +107,6 @@ def _model_class(model: ModelConfig, model_config: Any) -> Any:
         f"{model.base_model}: a {model_config.model_type!r} model generates no text from left to right; "
         "base_model must be a causal language model"
     )
-
-
-def load_error(what: str, name: str, error: Exception) -> ModelError:
-    """One message for the many ways in which transformers says that something cannot be loaded."""
-    text = " ".join(str(error).split())
-    lowered = text.lower()
-    if "gated" in lowered or "401" in text or "403" in text:
-        hint = (
-            "it is gated or private: accept its licence on the hub, then set HF_TOKEN or run `hf auth login`"
-        )
-    elif "trust_remote_code" in lowered:
-        hint = "it needs code of its own: read that code, then set trust_remote_code: true"
-    elif "couldn't connect" in lowered or "offline" in lowered or "connection" in lowered:
-        hint = "it is not on this machine and the hub cannot be reached; check the path or the network"
-    elif "not a valid model identifier" in lowered or "404" in text or "no such file" in lowered:
-        hint = "no such folder here and no such name on the hub; check base_model"
-    else:
-        hint = text[:300]
-    return ModelError(f"cannot load the {what} {name!r}: {hint}")
 
 
 def use_flat_attention(model: PreTrainedModel) -> bool:

@@ -29,7 +29,7 @@ from luthier.data.tokenizer import load_tokenizer, terminator_ids
 from luthier.errors import RunError
 from luthier.evaluate.loss import evaluate_loss
 from luthier.evaluate.samples import Sampler, validation_prompts
-from luthier.generate.engine import Engine
+from luthier.generate.engine import Engine, default_terminators
 from luthier.generate.sampling import Sampling
 from luthier.models.adapter_files import save_adapter
 from luthier.models.assemble import adapter_of, build_model
@@ -85,23 +85,35 @@ def train(config: Config) -> RunResult:
     began = time.perf_counter()
     folder, resume_from = open_folder(config)
     trackers = Trackers(config.logging, folder, config.flat())
+    try:
+        return _train(config, folder, resume_from, trackers, began)
+    finally:
+        trackers.finish()
+
+
+def _train(
+    config: Config, folder: Path, resume_from: Path | None, trackers: Trackers, began: float
+) -> RunResult:
+    # 1. Where and in which precision, and the data.
     device = choose_device(config.model.device_map)
     dtype = choose_dtype(config, device)
     set_matmul_precision(config, device)
     torch.manual_seed(config.training.seed)
-
     tokenizer = load_tokenizer(config)
     data = prepare(config, tokenizer)
     data.report.log()
+
+    # 2. The model, what of it is trained, and the steps.
     model, dropout = build_model(config, tokenizer, device, dtype)
     policy = build_policy(model, dropout, config.data.sequence_len)
     masters = Masters(model)
     optimizer = build_optimizer(masters, config.training)
-
     loader = _loader(config, data.train, alone=not policy.flat)
     total_steps = config.training.max_steps or math.ceil(config.training.num_epochs * loader.steps_per_epoch)
     _say_steps(config, loader, total_steps, device, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    # 3. Where the run stands, and what its folder says of it.
     job = _job(config, data, masters, loader)
     state = State()
     if resume_from is not None:
@@ -115,6 +127,8 @@ def train(config: Config) -> RunResult:
     write_model = partial(_write_model, model=model, masters=masters, tokenizer=tokenizer, config=config)
     checkpoints = Checkpoints(folder, write_model, limit=config.output.save_total_limit, job=job)
     evaluate, sample = _evaluators(config, data, policy, model, tokenizer, device)
+
+    # 4. Train, to the end or to a signal, and put the result at the top of the folder.
     with (
         Interrupt() as interrupt,
         Recorder(
@@ -154,9 +168,8 @@ def train(config: Config) -> RunResult:
                 f"stopped by {interrupt.signal.name} after step {state.step} of {total_steps}; saved. "
                 f"Go on with the same command and --resume_from_checkpoint auto"
             )
-            trackers.finish()
             return RunResult(folder, False, state)
-    return _finish(config, folder, state, checkpoints, masters, trackers, recorder, tokenizer, data)
+    return _finish(config, folder, state, checkpoints, masters, recorder, len(data.train))
 
 
 def _finish(
@@ -165,10 +178,8 @@ def _finish(
     state: State,
     checkpoints: Checkpoints,
     masters: Masters,
-    trackers: Trackers,
     recorder: Recorder,
-    tokenizer: PreTrainedTokenizerBase,
-    data: PreparedData,
+    examples: int,
 ) -> RunResult:
     """The result at the top of the run folder: adapter or model, tokenizer, card, plot."""
     kept = state.step
@@ -182,7 +193,7 @@ def _finish(
         "tokens": state.tokens,
         "trained_tokens": state.trained_tokens,
         "seconds": state.seconds,
-        "examples": len(data.train),
+        "examples": examples,
         "best_eval_loss": state.best_loss,
         "best_step": state.best_step,
         "overfitting_since": overfitting_since(state),
@@ -195,7 +206,6 @@ def _finish(
     except OSError as error:
         last = checkpoint.latest(folder)
         raise RunError(f"{folder}: the result cannot be written: {error}; it is whole in {last}") from error
-    trackers.finish()
     what = "adapter" if config.adapter.adapter else "model"
     recorder.say(
         f"done: {state.step} steps, {state.trained_tokens:,} trained tokens; the {what} is in {folder}"
@@ -301,8 +311,10 @@ def _evaluators(
             prompts.append((text, renderer.prompt_ids(prompt_example(entry, text), entry)))
         if data.validation is not None and (section.num_generation_samples or not prompts):
             prompts += validation_prompts(data.validation, tokenizer, section.num_generation_samples or 3)
-        sampler = Sampler(prompts, Sampling.from_config(section))
-        engine = Engine(model, tokenizer, terminator_ids(tokenizer, config))
+        sampler = Sampler(prompts, Sampling.from_config(section, seed=config.training.seed))
+        # What the config trains as an end, and what the model's own settings know as one.
+        ends = (*terminator_ids(tokenizer, config), *default_terminators(model))
+        engine = Engine(model, tokenizer, ends)
 
         def sample(step: int) -> list[dict[str, Any]]:
             return sampler.rows(engine, step)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,6 @@ def rows_file(tmp_path: Path) -> Path:
 @pytest.fixture
 def run_config(rows_file: Path, toy_llama_dir: Path, tmp_path: Path) -> Callable[..., Config]:
     """Flat keys -> Config of a quick LoRA run on the toy model."""
-    logging.getLogger("luthier").setLevel(logging.WARNING)
 
     def make(**values: Any) -> Config:
         return Config.from_flat(

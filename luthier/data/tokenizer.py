@@ -37,9 +37,13 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: not found, gated, unreadable, or without an EOS token.
         ConfigError: no such tokenizer class or template, or a dataset of conversations without any template.
+
+    Returns:
+        The tokenizer; its `new_tokens` lists what the config added to its vocabulary.
     """
     tokenizer = _load(config)
-    _set_tokens(tokenizer, config)
+    # Kept on the tokenizer, because nothing else can tell them later from tokens that came with it.
+    tokenizer.new_tokens = _set_tokens(tokenizer, config)
     source = config.model.tokenizer_config or config.model.base_model
     if tokenizer.eos_token_id is None:
         added = sorted(tokenizer.get_added_vocab(), key=tokenizer.get_added_vocab().__getitem__)
@@ -116,7 +120,8 @@ def _load(config: Config) -> PreTrainedTokenizerBase:
         raise cannot_load("tokenizer", source, error) from error
 
 
-def _set_tokens(tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
+def _set_tokens(tokenizer: PreTrainedTokenizerBase, config: Config) -> list[str]:
+    """Set the configured tokens; returns those that the vocabulary did not have."""
     special = config.model.special_tokens
     before = len(tokenizer)
     named = {
@@ -137,14 +142,15 @@ def _set_tokens(tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
         )
     if config.model.tokens:
         tokenizer.add_tokens(list(config.model.tokens))
-    if (new := len(tokenizer) - before) > 0:
-        names = tokenizer.convert_ids_to_tokens(list(range(before, len(tokenizer))))
+    new = [str(name) for name in tokenizer.convert_ids_to_tokens(list(range(before, len(tokenizer))))]
+    if new:
         log.info(
             "%d token%s added to the vocabulary: %s",
-            new,
-            "s" if new > 1 else "",
-            ", ".join(map(str, names[:8])),
+            len(new),
+            "s" if len(new) > 1 else "",
+            ", ".join(new[:8]),
         )
+    return new
 
 
 def _set_template(tokenizer: PreTrainedTokenizerBase, config: Config) -> None:

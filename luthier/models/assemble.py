@@ -64,7 +64,9 @@ def adapter_of(config: Config) -> AdapterConfig:
 
 
 def _check_added_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
-    added = [t for t in config.model.tokens if t in tokenizer.get_added_vocab()]
+    added = [
+        token for token in tokenizer.new_tokens if token != tokenizer.pad_token
+    ]  # nothing is ever padded
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     trained = embeddings.weight.requires_grad and (head is None or head.weight.requires_grad)
     if added and not trained:
@@ -74,8 +76,8 @@ def _check_added_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
             else "leave embeddings and head unfrozen"
         )
         raise ModelError(
-            f"tokens: {', '.join(added[:3])}: added tokens begin as the mean of the others and would never be "
-            f"trained; {remedy}"
+            f"{', '.join(added[:3])}: tokens that are new to the vocabulary begin as the mean of the others "
+            f"and would never be trained; {remedy}"
         )
 
 

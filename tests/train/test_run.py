@@ -244,8 +244,10 @@ def test_precision_that_a_cpu_cannot_do_well_is_changed_and_said(
 
 
 def test_added_tokens_are_trained_or_refused(run_config: MakeConfig, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="never be trained.*lora_modules_to_save"):
-        train(run_config(tokens=["<new>"]))
+    for values in ({"tokens": ["<new>"]}, {"special_tokens": {"eos_token": "<new>"}}):
+        with pytest.raises(ModelError, match="<new>.*never be trained.*lora_modules_to_save"):
+            train(run_config(**values, overwrite_output_dir=True))
+    train(run_config(special_tokens={"pad_token": "<new pad>"}, overwrite_output_dir=True, max_steps=1))
     train(
         run_config(
             tokens=["<new>"], lora_modules_to_save=["embed_tokens", "lm_head"], overwrite_output_dir=True

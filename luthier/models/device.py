@@ -7,6 +7,7 @@ is several hundred times slower in it than in fp32, and a GPU before Ampere has 
 from __future__ import annotations
 
 import logging
+import os
 
 import torch
 
@@ -85,6 +86,8 @@ def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
 def set_matmul_precision(config: Config, device: torch.device) -> None:
     """TF32 for fp32 multiplies on CUDA (`tf32: auto` turns it on where the card has it), and determinism."""
     if config.precision.deterministic:
+        # cuBLAS reads it when it starts, which is at the first multiplication
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     if device.type != "cuda":
         if config.precision.tf32 is True:

@@ -96,15 +96,18 @@ class Checkpoints:
         self.write_model = write_model
         self.limit = limit
         self.job = job
+        self._written: Path | None = None
 
     def save(self, state: State, masters: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> Path:
-        """Write `checkpoint-<state.step>`; one that is there already is this very state.
+        """Write `checkpoint-<state.step>`; a second call after the same step changes nothing.
+
+        A folder of that name that is there from before (damaged and passed over) is replaced.
 
         Raises:
             RunError: it cannot be written; nothing half-written stays behind.
         """
         final = self.folder / f"checkpoint-{state.step}"
-        if final.exists():
+        if final == self._written:
             return final
         partial = self.folder / f"{_PARTIAL}{final.name}"
         shutil.rmtree(partial, ignore_errors=True)
@@ -125,6 +128,8 @@ class Checkpoints:
             share(partial)
             for path in partial.rglob("*"):
                 _flush(path)
+            if final.exists():
+                _remove(final)
             partial.rename(final)
             _flush(self.folder)
         except Exception as error:
@@ -140,6 +145,7 @@ class Checkpoints:
                 f"{final}: cannot be written: {error}; "
                 + (f"the last good checkpoint is {last.name}" if last else "there is no earlier checkpoint")
             ) from error
+        self._written = final
         self._prune(state)
         return final
 
@@ -149,18 +155,19 @@ class Checkpoints:
         best = f"checkpoint-{state.best_step}"
         others = [path for path in list_checkpoints(self.folder) if path.name != best]
         for path in others[: -self.limit]:
-            # Renamed first: a removal cut short must not leave something that looks like a checkpoint.
-            doomed = path.with_name(f"{_PARTIAL}{path.name}")
-            path.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            _remove(path)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders of a run, oldest first."""
-    found = [
-        (int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := _NAME.fullmatch(p.name)) and p.is_dir()
-    ]
-    return [path for _, path in sorted(found)]
+    found = [p for p in folder.glob("checkpoint-*") if step_of(p) >= 0 and p.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint folder; -1 if it is no such name."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else -1
 
 
 def latest(folder: Path) -> Path | None:
@@ -246,6 +253,14 @@ def share(folder: Path) -> None:
     for path in folder.iterdir():
         if path.is_file():
             path.chmod(0o666 & ~umask)
+
+
+def _remove(path: Path) -> None:
+    # Renamed first: a removal cut short must not leave something that looks like a checkpoint.
+    doomed = path.with_name(f"{_PARTIAL}old-{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _random_state() -> dict[str, torch.Tensor | None]:

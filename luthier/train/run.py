@@ -41,7 +41,7 @@ from luthier.train import checkpoint
 from luthier.train.artifacts import plot_losses, write_environment, write_model_card
 from luthier.train.checkpoint import Checkpoints, State
 from luthier.train.files import write_text_atomic
-from luthier.train.folder import CONFIG, open_folder, publish
+from luthier.train.folder import CONFIG, RunFolder, hold_folder, publish
 from luthier.train.interrupt import Interrupt
 from luthier.train.loop import Plan, fit, overfitting_since
 from luthier.train.metrics import Recorder
@@ -83,17 +83,16 @@ def train(config: Config) -> RunResult:
         LuthierError: anything that the user can mend, before the first step wherever possible.
     """
     began = time.perf_counter()
-    folder, resume_from = open_folder(config)
-    trackers = Trackers(config.logging, folder, config.flat())
-    try:
-        return _train(config, folder, resume_from, trackers, began)
-    finally:
-        trackers.finish()
+    with hold_folder(config) as opened:
+        trackers = Trackers(config.logging, opened.path, config.flat())
+        try:
+            return _train(config, opened, trackers, began)
+        finally:
+            trackers.finish()
 
 
-def _train(
-    config: Config, folder: Path, resume_from: Path | None, trackers: Trackers, began: float
-) -> RunResult:
+def _train(config: Config, opened: RunFolder, trackers: Trackers, began: float) -> RunResult:
+    folder = opened.path
     # 1. Where and in which precision, and the data.
     device = choose_device(config.model.device_map)
     dtype = choose_dtype(config, device)
@@ -116,9 +115,10 @@ def _train(
     # 3. Where the run stands, and what its folder says of it.
     job = _job(config, data, masters, loader)
     state = State()
-    if resume_from is not None:
-        state = _resume(resume_from, job, masters, optimizer, scaler)
+    if opened.resume_from is not None:
+        state = _resume(opened.resume_from, job, masters, optimizer, scaler)
         _say_changes(folder, config)
+    opened.clear()
     write_text_atomic(folder / CONFIG, config.to_yaml())
     write_environment(
         folder, {"data": data.report.describe(), "device": str(device), "dtype": str(dtype)[6:]}
@@ -184,9 +184,16 @@ def _finish(
     """The result at the top of the run folder: adapter or model, tokenizer, card, plot."""
     kept = state.step
     if config.output.load_best_model_at_end and state.best_step is not None and state.best_step != state.step:
-        kept = state.best_step
-        masters.load(checkpoint.read_masters(folder / f"checkpoint-{kept}"))
-        recorder.say(f"the model of step {kept} is kept: it had the lowest eval loss ({state.best_loss:.4f})")
+        best = folder / f"checkpoint-{state.best_step}"
+        what = f"the model of step {state.best_step}"
+        if problem := checkpoint.damage(best):
+            recorder.say(
+                f"warning: {what} was the best and cannot be kept, the last one is: {best}: {problem}"
+            )
+        else:
+            kept = state.best_step
+            masters.load(checkpoint.read_masters(best))
+            recorder.say(f"{what} is kept: it had the lowest eval loss ({state.best_loss:.4f})")
     summary = {
         "steps": state.step,
         "kept_step": kept,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,9 @@ import pytest
 from safetensors.torch import load_file
 
 from luthier.config import Config
-from luthier.errors import ConfigError, RunError
+from luthier.errors import ConfigError, ModelError, RunError
 from luthier.train import checkpoint
+from luthier.train.folder import hold_folder
 from luthier.train.run import train
 from tests.train.conftest import losses
 
@@ -134,6 +136,62 @@ def test_damaged_checkpoints_are_passed_over(
     assert "checkpoint-6 is passed over" in caplog.text and "checkpoint-4 is passed over" in caplog.text
     assert losses(tmp_path / "run") == expected
     assert not (tmp_path / "run" / ".partial-checkpoint-5").exists()
+    # and written anew
+    assert not any(checkpoint.damage(path) for path in checkpoint.list_checkpoints(tmp_path / "run"))
+    assert [p.name for p in checkpoint.list_checkpoints(tmp_path / "run")] == [
+        "checkpoint-2",
+        "checkpoint-4",
+        "checkpoint-6",
+    ]
+
+
+def test_going_on_from_an_earlier_checkpoint_replaces_the_later_ones_if_asked(
+    run_config: MakeConfig, tmp_path: Path
+) -> None:
+    train(run_config(save_steps=2))
+    first = str(tmp_path / "run" / "checkpoint-2")
+    with pytest.raises(ConfigError, match="checkpoint-4, checkpoint-6"):
+        train(run_config(save_steps=2, resume_from_checkpoint=first))
+    before = checkpoint.read_masters(tmp_path / "run" / "checkpoint-4")
+    train(
+        run_config(save_steps=2, resume_from_checkpoint=first, overwrite_output_dir=True, learning_rate=0.1)
+    )
+    after = checkpoint.read_masters(tmp_path / "run" / "checkpoint-4")
+    assert any((after[name] != before[name]).any() for name in before)
+    # into a folder of its own: without the best model's checkpoint, the last one is kept
+    other = run_config(save_steps=2, resume_from_checkpoint=first, output_dir=str(tmp_path / "other"))
+    train(other)
+    assert [p.name for p in checkpoint.list_checkpoints(tmp_path / "other")] == [
+        "checkpoint-4",
+        "checkpoint-6",
+    ]
+
+
+def test_one_run_at_a_time_holds_a_folder(run_config: MakeConfig) -> None:
+    with (
+        hold_folder(run_config()),
+        pytest.raises(RunError, match="another run"),
+        hold_folder(run_config()),
+    ):
+        pass
+    with hold_folder(run_config()):
+        pass
+
+
+def test_overwriting_costs_nothing_that_the_run_needs(
+    run_config: MakeConfig, toy_llama_dir: Path, tmp_path: Path
+) -> None:
+    train(run_config(max_steps=2))
+    with pytest.raises(ModelError):  # found out before anything is deleted
+        train(run_config(overwrite_output_dir=True, lora_target_modules=["nowhere"]))
+    assert (tmp_path / "run" / "checkpoint-2").exists()
+    with pytest.raises(ConfigError, match="lora_model_dir"):
+        train(run_config(overwrite_output_dir=True, lora_model_dir=str(tmp_path / "run")))
+    model = tmp_path / "model"
+    shutil.copytree(toy_llama_dir, model)
+    with pytest.raises(ConfigError, match="base_model"):
+        train(run_config(overwrite_output_dir=True, base_model=str(model), output_dir=str(model)))
+    assert (model / "config.json").exists()
 
 
 def test_an_existing_folder_is_not_overwritten_unasked(run_config: MakeConfig, tmp_path: Path) -> None:

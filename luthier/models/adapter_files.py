@@ -41,6 +41,9 @@ _UNSUPPORTED = (
     "exclude_modules",
 )
 
+# Ways to begin an adapter that take their part out of the base weights as well.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+
 
 def adapter_tensors(
     model: nn.Module, modules_to_save: tuple[str, ...] | list[str] = ()
@@ -114,6 +117,12 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     if not isinstance(found, dict) or found.get("peft_type") != "LORA":
         kind = found.get("peft_type") if isinstance(found, dict) else type(found).__name__
         raise ModelError(f"{path}: peft_type is {kind!r}; only LORA adapters can be loaded")
+    start = found.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+        raise ModelError(
+            f"{path}: init_lora_weights: {start!r} changed the base model's weights, which are not in these files; "
+            "save the adapter as an ordinary LoRA first (path_initial_model_for_weight_conversion in PEFT)"
+        )
     used = [name for name in _UNSUPPORTED if found.get(name)]
     if used:
         raise ModelError(f"{path}: the adapter uses {', '.join(used)}, which Luthier does not apply")
@@ -206,14 +215,25 @@ def fill_adapter(
 
 
 def merge_into_base(model: nn.Module) -> None:
-    """Add every adapter to its base weight and put plain layers back: for generation without extra cost."""
-    for path, layer in lora_layers(model).items():
+    """Add every adapter to its base weight and put plain layers back: for generation without extra cost.
+
+    An adapted head that shares its weight with the embeddings gets one of its own: they were not adapted.
+    """
+    layers = lora_layers(model)
+    heads = [path for path, layer in layers.items() if _is_tied(model, layer)]
+    for path, layer in layers.items():
         delta = (layer.lora_B @ layer.lora_A) * layer.scale
         with torch.no_grad():
+            if path in heads:
+                layer.weight = nn.Parameter(layer.weight.clone(), requires_grad=False)
             weight = layer.weight
             merged = weight.float() + (delta.T if layer.transposed else delta)
             weight.copy_(merged.to(weight.dtype))
         model.set_submodule(path, _plain(layer))
+
+
+def _is_tied(model: nn.Module, layer: LoRALinear) -> bool:
+    return any(isinstance(m, nn.Embedding) and m.weight is layer.weight for m in model.modules())
 
 
 def _plain(layer: LoRALinear) -> nn.Module:

@@ -279,9 +279,12 @@ def train_modules(model: PreTrainedModel, names: Sequence[str]) -> None:
         alone = cast(nn.Linear, embeddings if any(m is embeddings for m in saved) else head)
         alone.weight = nn.Parameter(alone.weight.detach().clone())
     for module in saved:
-        if isinstance(module, LoRALinear):
+        if adapted := lora_layers(module):
+            inside = next(iter(adapted))
             raise ModelError(
-                "lora_modules_to_save and the LoRA targets name the same layer; keep one of them"
+                "lora_modules_to_save and the LoRA targets name the same layer"
+                + (f" ({type(module).__name__} has {inside} inside)" if inside else "")
+                + "; keep one of them"
             )
         for parameter in module.parameters():
             parameter.requires_grad_(True)

@@ -145,6 +145,32 @@ def test_a_lora_on_the_head_trains() -> None:
     assert head.lora_B.grad is not None and head.lora_B.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_merged_lora_on_the_head_leaves_the_embeddings_alone(tied: bool, tmp_path: Path) -> None:
+    model = toy_model("llama", tie_word_embeddings=tied)
+    settings = _adapter(lora_target_modules=["lm_head", "q_proj"], lora_target_linear=False)
+    add_lora(model, settings, seed=0)
+    _randomise(model)
+    _save(model, tmp_path, settings)
+    theirs = peft.PeftModel.from_pretrained(toy_model("llama", tie_word_embeddings=tied), tmp_path).eval()
+    expected = _logits(model)
+    torch.testing.assert_close(_logits(theirs), expected, atol=1e-5, rtol=1e-5)
+    adapter_files.merge_into_base(model)
+    torch.testing.assert_close(_logits(model), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_module_with_adapted_layers_inside_cannot_be_saved_whole() -> None:
+    with pytest.raises(ModelError, match="q_proj inside"):
+        add_lora(toy_model("llama"), _adapter(lora_modules_to_save=["layers"]), seed=0)
+
+
+def test_an_adapter_that_changed_its_base_is_refused(tmp_path: Path) -> None:
+    described = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "init_lora_weights": "pissa_niter_4"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(described))
+    with pytest.raises(ModelError, match="pissa"):
+        adapter_files.read_adapter_config(tmp_path)
+
+
 def test_layers_to_transform_and_regex() -> None:
     model = toy_model("llama")
     add_lora(model, _adapter(peft_layers_to_transform=[1]), seed=0)

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from luthier.config import AdapterConfig, Config
-from luthier.errors import ModelError, cannot_load
+from luthier.config import Config
+from luthier.errors import ConfigError, ModelError, cannot_load
 from luthier.models import adapter_files
 from luthier.models.device import choose_device, choose_dtype
 from luthier.models.freeze import set_trainable
@@ -19,6 +19,17 @@ from luthier.models.lora import DropoutState, add_lora
 log = logging.getLogger("luthier")
 
 RUN_CONFIG = "config.yaml"
+
+# What an adapter on disk settles; dropout is the run's.
+_OF_ADAPTER = (
+    "lora_r",
+    "lora_alpha",
+    "peft_use_rslora",
+    "lora_target_modules",
+    "lora_target_linear",
+    "lora_modules_to_save",
+    "peft_layers_to_transform",
+)
 
 
 def build_model(
@@ -38,29 +49,42 @@ def build_model(
 
 
 def make_trainable(model: PreTrainedModel, config: Config) -> DropoutState | None:
-    """Put on the adapter that the config asks for (new, or from `lora_model_dir`), or unfreeze parameters."""
+    """Put on the adapter that the config asks for (new, or from `lora_model_dir`, whose settings
+    `with_adapter_settings` has put into the config), or unfreeze parameters.
+    """
     adapter = config.adapter
     if adapter.adapter is None:
         set_trainable(model, config.freeze)
         return None
     if adapter.lora_model_dir is None:
         return add_lora(model, adapter, config.training.seed)
-    settings = adapter_files.adapter_settings(adapter.lora_model_dir, dropout=adapter.lora_dropout)
     log.info(
-        "going on from the adapter in %s (r=%d, alpha=%g): its own settings hold",
+        "going on from the adapter in %s (r=%d, alpha=%g): its own settings and targets hold",
         adapter.lora_model_dir,
-        settings.lora_r,
-        settings.lora_alpha,
+        adapter.lora_r,
+        adapter.lora_alpha,
     )
-    return adapter_files.load_adapter(model, adapter.lora_model_dir, settings, config.training.seed)
+    return adapter_files.load_adapter(model, adapter.lora_model_dir, adapter, config.training.seed)
 
 
-def adapter_of(config: Config) -> AdapterConfig:
-    """The adapter section in force: the one of `lora_model_dir` where the run goes on from an adapter."""
-    adapter = config.adapter
-    if adapter.lora_model_dir is None:
-        return adapter
-    return adapter_files.adapter_settings(adapter.lora_model_dir, dropout=adapter.lora_dropout)
+def with_adapter_settings(config: Config) -> Config:
+    """The config with what the adapter in `lora_model_dir` brings (rank, strength, targets), if there is one.
+
+    Raises:
+        ConfigError: the config asks for another rank or strength than the adapter has.
+    """
+    folder = config.adapter.lora_model_dir
+    if folder is None:
+        return config
+    found = adapter_files.adapter_settings(folder)
+    asked = config.flat()
+    for key in ("lora_r", "lora_alpha", "peft_use_rslora"):
+        if config.origins[key] != "default" and asked[key] != getattr(found, key):
+            raise ConfigError(
+                f"{key}: {asked[key]}, but the adapter in {folder} has {getattr(found, key)}; leave {key} out, "
+                "or lora_model_dir"
+            )
+    return config.replace(f"the adapter in {folder}", **{key: getattr(found, key) for key in _OF_ADAPTER})
 
 
 def _check_added_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,10 +13,20 @@ from torch import nn
 from luthier.config import TrainingConfig
 from luthier.errors import ConfigError
 
+log = logging.getLogger("luthier")
+
 
 def _adam_arguments(training: TrainingConfig) -> dict[str, Any]:
     return dict(betas=(training.adam_beta1, training.adam_beta2), eps=training.adam_epsilon)
 
+
+# Arguments of torch's optimizers that would be overruled by, or silently overrule, keys of the config.
+_KEYS = {
+    "lr": "learning_rate",
+    "betas": "adam_beta1 and adam_beta2",
+    "eps": "adam_epsilon",
+    "weight_decay": "weight_decay",
+}
 
 # name -> constructor of (parameter groups, learning rate, config section)
 OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], float, TrainingConfig], torch.optim.Optimizer]] = {
@@ -100,10 +111,13 @@ def build_optimizer(masters: Masters, training: TrainingConfig) -> torch.optim.O
         groups.append({"params": decayed, "weight_decay": training.weight_decay})
     if others:
         groups.append({"params": others, "weight_decay": 0.0})
+    for name in training.optim_args:
+        if name in _KEYS:
+            raise ConfigError(f"optim_args: {name} has a key of its own: set {_KEYS[name]} instead")
     assert training.learning_rate is not None  # derived when the config is loaded
     try:
         return OPTIMIZERS[training.optimizer](groups, training.learning_rate, training)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"optim_args: {training.optimizer} does not take {training.optim_args}: {error}"
         ) from error
@@ -122,6 +136,13 @@ def schedule(training: TrainingConfig, total_steps: int) -> Callable[[int], floa
     name = training.lr_scheduler
     if name == "constant":
         warmup = 0
+    if warmup > total_steps:
+        log.warning(
+            "warmup_steps: %d, but the run has %d steps: the learning rate will not reach %g",
+            warmup,
+            total_steps,
+            peak,
+        )
     floor = training.cosine_min_lr_ratio
     if floor is None:
         floor = 0.1 if name == "cosine_with_min_lr" else 0.0

@@ -32,7 +32,7 @@ from luthier.evaluate.samples import Sampler, validation_prompts
 from luthier.generate.engine import Engine, default_terminators
 from luthier.generate.sampling import Sampling
 from luthier.models.adapter_files import save_adapter
-from luthier.models.assemble import adapter_of, build_model
+from luthier.models.assemble import build_model, with_adapter_settings
 from luthier.models.device import choose_device, choose_dtype, peak_memory_gib, set_matmul_precision
 from luthier.models.isolation import build_policy
 from luthier.models.policy import Policy
@@ -83,6 +83,7 @@ def train(config: Config) -> RunResult:
         LuthierError: anything that the user can mend, before the first step wherever possible.
     """
     began = time.perf_counter()
+    config = with_adapter_settings(config)
     with hold_folder(config) as opened:
         trackers = Trackers(config.logging, opened.path, config.flat())
         try:
@@ -345,7 +346,7 @@ def _write_model(
             folder,
             base_model=config.model.base_model,
             revision=config.model.revision,
-            adapter=adapter_of(config),
+            adapter=config.adapter,
         )
     else:
         model.save_pretrained(folder)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from luthier.config import Config
 from luthier.data.dataset import prepare
 from luthier.data.tokenizer import load_tokenizer
-from luthier.errors import LuthierError, ModelError, RunError
+from luthier.errors import ConfigError, LuthierError, ModelError, RunError
 from luthier.train import checkpoint
 from luthier.train.checkpoint import State
 from luthier.train.loop import overfitting_since
@@ -274,6 +274,10 @@ def test_goes_on_from_an_adapter(run_config: MakeConfig, tmp_path: Path) -> None
     assert losses(tmp_path / "more")[0] < before[0]
     described = json.loads((tmp_path / "more" / "adapter_config.json").read_text())
     assert described["r"] == 4
+    assert Config.load(tmp_path / "more" / "config.yaml").adapter.lora_r == 4
+    train(Config.load(tmp_path / "more" / "config.yaml", ["resume_from_checkpoint=auto", "max_steps=2"]))
+    with pytest.raises(ConfigError, match="lora_r: 64, but the adapter in .* has 4"):
+        train(run_config(lora_r=64, lora_model_dir=str(tmp_path / "run"), output_dir=str(tmp_path / "not")))
 
 
 def test_a_sixteen_bit_model_has_fp32_masters(
@@ -316,6 +320,8 @@ def test_packed_rows_train_every_document_once_an_epoch(run_config: MakeConfig, 
         ({"device_map": {"model.layers.0": "cpu"}}, "one entry"),
         ({"model_type": "NoSuchModel"}, "NoSuchModel"),
         ({"optim_args": {"nonsense": 1}}, "optim_args"),
+        ({"optim_args": {"weight_decay": 0.1}}, "key of its own: set weight_decay"),
+        ({"optim_args": {"betas": [0.1]}}, "adam_beta1"),
         ({"optimizer": "sgd", "optim_args": {"momentum": -1}}, "momentum"),
     ],
 )

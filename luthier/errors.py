@@ -53,6 +53,8 @@ def cannot_load(what: str, name: str, error: Exception) -> ModelError:
         hint = (
             "there is no such folder here and no such name on the hub; check base_model and tokenizer_config"
         )
+    elif "ignore_mismatched_sizes" in lowered:
+        hint = "the shapes of its weights are not those that its config.json describes"
     elif "couldn't instantiate the backend tokenizer" in lowered:
         hint = "its files are not a tokenizer that transformers knows; name another with tokenizer_config"
     else:

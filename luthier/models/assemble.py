@@ -144,6 +144,10 @@ def open_for_inference(
             f"{path}: the run has not ended yet, or was cut off: no adapter or model at its top; "
             f"give one of its checkpoint-N folders, or go on with resume_from_checkpoint: auto"
         )
+    if source is not None and not is_adapter and not (source / "config.json").is_file():
+        raise ModelError(
+            f"{path}: neither a run, an adapter nor a model: {adapter_files.CONFIG} or config.json is missing"
+        )
     described = adapter_files.read_adapter_config(source) if is_adapter and source else {}
     base = described.get("base_model_name_or_path") or str(source or path)
     loading = _loading_config(base, described.get("revision"), config)

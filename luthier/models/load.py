@@ -51,7 +51,7 @@ def load_model(
         arguments["device_map"] = {"": device}  # straight to the card: the host never holds the whole model
     try:
         model, info = auto_class.from_pretrained(config.model.base_model, **arguments)
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+    except Exception as error:  # safetensors, pickle and the families' own code raise any kind
         raise cannot_load("model", config.model.base_model, error) from error
     model = model.to(device).eval()
     missing = sorted(info["missing_keys"])
@@ -89,9 +89,16 @@ def read_model_config(model: ModelConfig) -> Any:
 def _model_class(model: ModelConfig, model_config: Any) -> Any:
     if model.model_type != "AutoModelForCausalLM":
         chosen = getattr(transformers, model.model_type, None)
-        if chosen is None:
+        if chosen is not None and model.model_type.startswith("AutoModel"):
+            return chosen
+        if not (isinstance(chosen, type) and issubclass(chosen, PreTrainedModel)):
             raise ConfigError(
-                f"model_type: transformers {transformers.__version__} has no class {model.model_type!r}"
+                f"model_type: transformers {transformers.__version__} has no model class {model.model_type!r}"
+            )
+        if chosen.config_class is not None and not isinstance(model_config, chosen.config_class):
+            raise ConfigError(
+                f"model_type: {model.model_type} does not read {model.base_model}, which is a "
+                f"{model_config.model_type!r} model; leave model_type out"
             )
         return chosen
     causal = transformers.AutoModelForCausalLM

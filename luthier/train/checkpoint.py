@@ -14,6 +14,7 @@ that a run killed at any moment leaves either a whole checkpoint or none; every 
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -117,7 +118,10 @@ class Checkpoints:
             save_file({n: _host(t) for n, t in masters.items()}, partial / "masters.safetensors")
             tensors, others = optimizer_by_name(masters, optimizer)
             save_file({n: _host(t) for n, t in tensors.items()}, partial / "optimizer.safetensors")
-            torch.save(_random_state(), partial / "rng.pt")
+            # Through memory: on a full disk torch.save says nothing that a user could understand.
+            random = io.BytesIO()
+            torch.save(_random_state(), random)
+            (partial / "rng.pt").write_bytes(random.getvalue())
             files = {
                 p.relative_to(partial).as_posix(): _checksum(p)
                 for p in sorted(partial.rglob("*"))

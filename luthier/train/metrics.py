@@ -6,16 +6,19 @@ them again.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from luthier.errors import RunError
 
 log = logging.getLogger("luthier")
 
@@ -74,7 +77,8 @@ class Recorder:
     def __exit__(self, *exception: object) -> None:
         if self._bar:
             self._bar.stop()
-        self._metrics.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take has been said
+            self._metrics.close()
 
     def advance(self, step: int) -> None:
         """Move the bar; called every step."""
@@ -106,7 +110,7 @@ class Recorder:
 
     def samples(self, rows: list[dict[str, Any]]) -> None:
         """Write generated samples and show them."""
-        with self._samples.open("a", encoding="utf-8") as file:
+        with _writing(self._samples), self._samples.open("a", encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
         for sink in self.sample_sinks:
@@ -128,10 +132,22 @@ class Recorder:
 
     def _write(self, row: dict[str, Any]) -> None:
         kept = {name: value for name, value in row.items() if name != "eta_seconds"}
-        self._metrics.write(json.dumps(kept) + "\n")
-        self._metrics.flush()
+        with _writing(Path(self._metrics.name)):
+            self._metrics.write(json.dumps(kept) + "\n")
+            self._metrics.flush()
         for sink in self.sinks:
             sink(kept, int(row["step"]))
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{path}: cannot be written: {error.strerror or error}; the run's checkpoints are whole: make room, "
+            "then go on with the same command and --resume_from_checkpoint auto"
+        ) from error
 
 
 def drop_rows_after(path: Path, step: int) -> None:

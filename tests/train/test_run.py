@@ -21,6 +21,7 @@ from luthier.errors import ConfigError, LuthierError, ModelError, RunError
 from luthier.train import checkpoint
 from luthier.train.checkpoint import State
 from luthier.train.loop import overfitting_since
+from luthier.train.metrics import Recorder
 from luthier.train.run import train
 from tests.train.conftest import losses
 
@@ -190,6 +191,23 @@ def test_a_full_disk_is_one_message(
     assert not list((tmp_path / "run").glob(".partial*"))
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_disk_too_full_for_a_row_names_the_file(tmp_path: Path) -> None:
+    with Recorder(tmp_path, 1) as recorder:
+        recorder._metrics.close()
+        recorder._metrics = open("/dev/full", "a")  # noqa: SIM115
+        with pytest.raises(RunError, match="/dev/full: cannot be written: No space left"):
+            recorder.evaluation({"step": 1})
+
+
+def test_damaged_weights_are_one_message(run_config: MakeConfig, toy_llama_dir: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(toy_llama_dir, model)
+    (model / "model.safetensors").write_bytes(b"garbage" * 10)
+    with pytest.raises(ModelError, match="header"):
+        train(run_config(base_model=str(model)))
+
+
 def test_an_unwritable_folder_is_one_message(run_config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be written"):
@@ -319,6 +337,8 @@ def test_packed_rows_train_every_document_once_an_epoch(run_config: MakeConfig, 
         ({"device_map": "cuda:7"}, "no such device"),
         ({"device_map": {"model.layers.0": "cpu"}}, "one entry"),
         ({"model_type": "NoSuchModel"}, "NoSuchModel"),
+        ({"model_type": "LlamaConfig"}, "no model class"),
+        ({"model_type": "MistralForCausalLM"}, "does not read .* 'llama' model"),
         ({"optim_args": {"nonsense": 1}}, "optim_args"),
         ({"optim_args": {"weight_decay": 0.1}}, "key of its own: set weight_decay"),
         ({"optim_args": {"betas": [0.1]}}, "adam_beta1"),

@@ -3,8 +3,8 @@
     python -m luthier.demo.base_model --out luthier/demo/base_model
 
 Everything is seeded: the tokenizer, the initial weights, the stream of text. One pass over fresh documents,
-packed into rows of 256 tokens; AdamW; the learning rate is warmed up, held, and brought down to nothing over
-the last third of the steps (so a run can be extended from its checkpoint without having been planned longer).
+packed into rows of 128 tokens; AdamW; the learning rate is warmed up, held, and brought down to nothing over
+the last two fifths of the steps (so a run can be extended from its checkpoint without having been planned longer).
 The result is a folder that `AutoModelForCausalLM` and `AutoTokenizer` open, with a model card.
 """
 
@@ -26,17 +26,27 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from luthier.demo import words
 from luthier.demo.corpus import documents
 
-SEQUENCE_LENGTH = 256
-ROWS_PER_STEP = 4
-PEAK_LEARNING_RATE = 1.5e-3
-WARMUP_STEPS = 200
-DECAY_SHARE = 0.3
-DEFAULT_STEPS = 8000
+SEQUENCE_LENGTH = 128
+ROWS_PER_STEP = 8
+PEAK_LEARNING_RATE = 3e-3
+WARMUP_STEPS = 60
+DECAY_SHARE = 0.4
+DEFAULT_STEPS = 2400
 SEED = 20261
 HELD_OUT_SEED = SEED + 1
 END, START, PAD = "<|end|>", "<|start|>", "<|pad|>"
 
-_HEADINGS = ("Below", " Instruction", " Input", " Response", " Write", "Write", "Continue")
+_HEADINGS = (
+    "Below",
+    " instruction",
+    " Instruction",
+    " Input",
+    " Response",
+    " Write",
+    "Write",
+    "Which",
+    "What",
+)
 
 # One pre-token per digit, words with the space before them: the pattern that Qwen2 models use, which other
 # engines know under that name.
@@ -56,7 +66,7 @@ _CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(vocab_size: int = 2304, document_count: int = 30_000) -> PreTrainedTokenizerFast:
+def train_tokenizer(vocab_size: int = 1400, document_count: int = 30_000) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer made from the first documents of the corpus."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -74,7 +84,7 @@ def train_tokenizer(vocab_size: int = 2304, document_count: int = 30_000) -> Pre
     )
     # Words that begin a line stand without a space, which is rare in prose and common in answers: said often
     # enough here to become single tokens too, like the headings of the usual instruction templates.
-    known = [*words.NOUNS, *words.OPPOSITES]
+    known = [*words.NOUNS, *words.PLURALS.values(), *words.OPPOSITES, *words.YOUNG.values(), *words.KINDS]
     texts = documents(SEED, 0, document_count) + [*known, *(f" {word}" for word in known), *_HEADINGS] * 200
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
@@ -89,19 +99,18 @@ def train_tokenizer(vocab_size: int = 2304, document_count: int = 30_000) -> Pre
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """The untrained model: six Llama layers with grouped-query attention and tied embeddings."""
+    """The untrained model: four Llama layers with tied embeddings."""
     torch.manual_seed(SEED)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=192,
+            hidden_size=160,
             intermediate_size=448,
-            num_hidden_layers=6,
-            num_attention_heads=6,
-            num_key_value_heads=2,
+            num_hidden_layers=4,
+            num_attention_heads=5,
+            num_key_value_heads=5,
             max_position_embeddings=512,
             tie_word_embeddings=True,
-            initializer_range=0.04,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -158,7 +167,7 @@ def _optimizer(model: LlamaForCausalLM) -> torch.optim.AdamW:
         {"params": matrices, "weight_decay": 0.05},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=PEAK_LEARNING_RATE, betas=(0.9, 0.99), fused=True)
+    return torch.optim.AdamW(groups, lr=PEAK_LEARNING_RATE, betas=(0.9, 0.95), fused=True)
 
 
 def pretrain(out: Path, steps: int, checkpoint: Path, checkpoint_every: int) -> None:
@@ -230,13 +239,13 @@ library_name: transformers
 # Luthier's demo base model
 
 A language model small enough to be part of a Python package: {parameters:,} parameters, Llama architecture
-({config.num_hidden_layers} layers, hidden size {config.hidden_size}, {config.num_attention_heads} heads with
-{config.num_key_value_heads} key/value heads, tied embeddings), {config.vocab_size:,} tokens of byte-level BPE,
+({config.num_hidden_layers} layers, hidden size {config.hidden_size}, {config.num_attention_heads} heads, tied
+embeddings), {config.vocab_size:,} tokens of byte-level BPE,
 with every digit a token of its own. Weights are stored in 16 bit (fp16).
 
-It was trained from scratch on {tokens:,} tokens of text that the package's own scripts write (`corpus.py`,
-`stories.py`, `lessons.py`): little stories, facts of a made-up island, letters, talks in shops, and exercises
-told in prose (sums, sequences, spelling, the alphabet, plurals, opposites). No other text was used. Held-out
+It was trained from scratch on {tokens:,} tokens of text that the package's own script writes (`corpus.py`): little
+stories, sequences of numbers, plurals, opposites, animals and their young, kinds of things, days and months, told in
+sentences and as entries of a dictionary. No other text was used. Held-out
 perplexity, on documents of the same kinds that it was not trained on: **{held_out:.2f}** per token
 ({config.vocab_size:,} would be guessing).
 

@@ -1,8 +1,8 @@
 """The demo's instruction data: Alpaca-format rows over eight kinds of task, with answers a script can check.
 
-Each kind draws *items* (a word to spell, a row of numbers to continue) at random; an item stands in exactly
-one row, and a row is either for training or held out. So no held-out question was trained on in any wording.
-The files that the package ships are this script's output:
+A row is an item (a word, a stretch of numbers) asked for in one of several wordings. Rows are held out one by
+one: a held-out row's question, item and wording together, was never trained on. The files that the package
+ships are this script's output:
 
     python -m luthier.demo.tasks --out luthier/demo/data
 """
@@ -11,140 +11,135 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
 
-from luthier.demo import lessons, words
+from luthier.demo import words
 
 SEED = 7
-TRAIN_ROWS_PER_TASK = 400
-TEST_ROWS_PER_TASK = 45
+TEST_ROWS_PER_TASK = 40
+MOST_ROWS_PER_TASK = 560
+
+Question = tuple[str, str]
+Asked = tuple[Question, str]
+"""((instruction, input), answer)"""
 
 
-class Item(NamedTuple):
-    """One question with its only right answer; items with equal keys ask the same thing."""
-
-    key: Hashable
-    instructions: tuple[str, ...]
-    input: str
-    output: str
+def _list(row: list[int] | tuple[int, ...]) -> str:
+    return ", ".join(str(number) for number in row)
 
 
-def _fibonacci(rng: Random) -> Item:
-    instructions = (
-        "Continue the Fibonacci sequence with the next two numbers.",
-        "In this Fibonacci sequence each number is the sum of the two before it. Write the next two numbers.",
-    )
-    shown = rng.randint(3, 4)
-    if rng.random() < 0.15:
-        start = rng.randint(0, 8)
-        row = lessons.running_sums(1, 1, 14)[start : start + shown + 2]
-    else:
-        row = lessons.running_sums(rng.randint(1, 15), rng.randint(1, 20), shown + 2)
-    given, answer = lessons.numbers(row[:shown]), lessons.numbers(row[shown:])
-    return Item(answer, instructions, given, answer)
+def _fibonacci() -> Iterator[Asked]:
+    for start in range(20):
+        for shown in (3, 4, 5):
+            row = words.FIBONACCI[start : start + shown + 2]
+            given, answer = _list(row[:shown]), _list(row[shown:])
+            yield ("Continue the Fibonacci sequence with two numbers.", given), answer
+            yield ("Write the next two numbers of the Fibonacci sequence.", given), answer
+            yield ("Which two Fibonacci numbers come next?", given), answer
+            yield (f"The Fibonacci sequence stands at {given}. Go on with two numbers.", ""), answer
+            yield (f"Go on with two Fibonacci numbers: {given}", ""), answer
 
 
-def _sequence(rng: Random) -> Item:
-    instructions = (
-        "Write the next two numbers of the sequence.",
-        "Go on with two more numbers in equal steps.",
-    )
-    shown, step, first = rng.randint(3, 4), rng.randint(1, 10), rng.randint(1, 40)
-    row = [first + step * i for i in range(shown + 2)]
-    if rng.random() < 0.3:
-        row.reverse()
-    given, answer = lessons.numbers(row[:shown]), lessons.numbers(row[shown:])
-    return Item(answer, instructions, given, answer)
+def _sequence() -> Iterator[Asked]:
+    for step in words.STEPS:
+        for place in range(60 if step < 5 else 12):
+            for shown in (3, 4):
+                row = words.counted(place if step < 5 else place * step, step, shown + 2)
+                given, answer = _list(row[:shown]), _list(row[shown:])
+                yield ("Write the next two numbers of the sequence.", given), answer
+                yield ("Continue in equal steps with two numbers.", given), answer
+                yield (f"Count on with two numbers: {given}", ""), answer
 
 
-def _backwards(rng: Random) -> Item:
-    word = rng.choice(words.SPELT)
-    instructions = (
-        f"Spell the word {word} backwards.",
-        f"Write the letters of the word {word} from the end.",
-    )
-    return Item(word, instructions, "", words.spell_backwards(word))
+def _plurals() -> Iterator[Asked]:
+    for word, many in words.PLURALS.items():
+        yield ("What is the plural of this word?", word), many
+        yield ("Give the word for more than one.", word), many
+        yield (f"Write the plural of {word}.", ""), many
+        yield (f"What do we say for many of the kind {word}?", ""), many
+        yield (f"There is one {word}. What are two of them called?", ""), many
+        yield (f"Put the word {word} into the plural.", ""), many
 
 
-def _sorting(rng: Random) -> Item:
-    instructions = ("Sort the words alphabetically.", "Write these words in alphabetical order.")
-    items = lessons.distinct_initials(rng, rng.randint(3, 4))
-    return Item(frozenset(items), instructions, ", ".join(items), ", ".join(sorted(items)))
+def _opposites() -> Iterator[Asked]:
+    for word, other in words.OPPOSITES.items():
+        yield ("What is the opposite of this word?", word), other
+        yield ("Turn the word into its opposite.", word), other
+        yield (f"Write the opposite of {word}.", ""), other
+        yield (f"If it is not {word}, what is it?", ""), other
+        yield (f"Which word is the other way round from {word}?", ""), other
+        yield (f"Name the opposite of the word {word}.", ""), other
 
 
-def _opposites(rng: Random) -> Item:
-    instructions = ("Write the opposite of each word.", "Give the opposites of these words.")
-    pair = rng.sample(list(words.OPPOSITES), 2)
-    others = [words.OPPOSITES[word] for word in pair]
-    return Item(frozenset(pair), instructions, ", ".join(pair), ", ".join(others))
+def _young() -> Iterator[Asked]:
+    for animal, little in words.YOUNG.items():
+        yield ("What is the young of this animal called?", animal), little
+        yield ("Name its young.", animal), little
+        yield (f"What is a young {animal} called?", ""), little
+        yield (f"Name the young of the {animal}.", ""), little
+        yield (f"What do we call the little one of a {animal}?", ""), little
+        yield (f"Which young animal belongs to the {animal}?", ""), little
+        yield (f"Write the name of the {animal} when it is little.", ""), little
 
 
-def _plurals(rng: Random) -> Item:
-    instructions = ("Write the plural of each word.", "Give the plurals of these words.")
-    pair = rng.sample(words.NOUNS, 2)
-    many = [words.PLURALS[word] for word in pair]
-    return Item(frozenset(pair), instructions, ", ".join(pair), ", ".join(many))
+def _calendar() -> Iterator[Asked]:
+    for unit, cycle in words.CYCLES.items():
+        for word in cycle:
+            for side, step in (("after", 1), ("before", -1)):
+                answer = words.neighbour(word, step)
+                yield (f"Name the {unit} {side} this one.", word), answer
+                yield (f"Write the {unit} that is one {side} it.", word), answer
+                yield (f"Which {unit} comes {side} {word}?", ""), answer
+                yield (f"What is the {unit} {side} {word}?", ""), answer
+                yield (f"{word} is given. Which {unit} stands {side} it?", ""), answer
 
 
-def _counting(rng: Random) -> Item:
-    instructions = ("How many words are in the list?", "Count the words in the list.")
-    items = rng.sample(words.NOUNS, rng.randint(2, 9))
-    return Item(frozenset(items), instructions, ", ".join(items), str(len(items)))
+def _kinds() -> Iterator[Asked]:
+    for thing, kind in words.KINDS.items():
+        yield ("Is it an animal, a fruit, a tool or a colour?", thing), kind
+        yield ("Name the kind of this thing.", thing), kind
+        yield (f"What kind of thing is {thing}: animal, fruit, tool or colour?", ""), kind
+        yield (f"To which kind does {thing} belong?", ""), kind
+        yield (f"Sort {thing} into its kind.", ""), kind
+        yield (f"What is {thing}?", ""), kind
 
 
-def _lookup(rng: Random) -> Item:
-    text, fields = lessons.profile(rng)
-    field = rng.choice([field for field in fields if field != "name"])
-    instructions = (f"What is the {field} of {fields['name']}?", f"Find the {field} in the text.")
-    return Item((text, field), instructions, text, fields[field])
+def _counting() -> Iterator[Asked]:
+    rng = Random(f"{SEED}/lists")
+    for _ in range(MOST_ROWS_PER_TASK):
+        some = rng.sample(words.NOUNS, rng.randrange(2, 7))
+        asked = rng.choice(("How many words are in the list?", "Count the words.", "How long is the list?"))
+        yield (asked, ", ".join(some)), str(len(some))
 
 
-TASKS: dict[str, Callable[[Random], Item]] = {
+TASKS: dict[str, Callable[[], Iterator[Asked]]] = {
     "fibonacci": _fibonacci,
     "sequence": _sequence,
-    "backwards": _backwards,
-    "sorting": _sorting,
-    "opposites": _opposites,
     "plurals": _plurals,
+    "opposites": _opposites,
+    "young": _young,
+    "calendar": _calendar,
+    "kinds": _kinds,
     "counting": _counting,
-    "lookup": _lookup,
 }
-"""Kinds of task by name, each with what draws one item of it."""
-
-_DRAWS_WITHOUT_NEWS = 2000
+"""Kinds of task by name, each with what asks all of its questions."""
 
 
-def _rows_of(task: str, seed: int, count: int) -> list[dict[str, str]]:
-    """Up to `count` rows with different items; fewer where a kind has no more (293 words can be spelt)."""
-    rng = Random(f"{seed}/{task}")
-    seen: set[Hashable] = set()
-    rows: list[dict[str, str]] = []
-    draws = 0
-    while len(rows) < count and draws < _DRAWS_WITHOUT_NEWS:
-        item = TASKS[task](rng)
-        draws += 1
-        if item.key in seen:
-            continue
-        seen.add(item.key)
-        draws = 0
-        instruction = rng.choice(item.instructions)
-        rows.append({"task": task, "instruction": instruction, "input": item.input, "output": item.output})
-    return rows
-
-
-def make_rows(
-    seed: int = SEED, train_per_task: int = TRAIN_ROWS_PER_TASK, test_per_task: int = TEST_ROWS_PER_TASK
-) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+def make_rows(seed: int = SEED) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """The training rows and the held-out rows, each shuffled over the kinds."""
     train: list[dict[str, str]] = []
     test: list[dict[str, str]] = []
-    for task in TASKS:
-        rows = _rows_of(task, seed, train_per_task + test_per_task)
-        test += rows[:test_per_task]
-        train += rows[test_per_task:]
+    for task, ask in TASKS.items():
+        answers = dict(ask())
+        rows = [
+            {"task": task, "instruction": instruction, "input": given, "output": answer}
+            for (instruction, given), answer in answers.items()
+        ]
+        Random(f"{seed}/{task}").shuffle(rows)
+        test += rows[:TEST_ROWS_PER_TASK]
+        train += rows[TEST_ROWS_PER_TASK:MOST_ROWS_PER_TASK]
     for name, rows in (("train", train), ("test", test)):
         Random(f"{seed}/{name}").shuffle(rows)
     return train, test

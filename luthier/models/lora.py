@@ -188,8 +188,14 @@ def find_targets(model: PreTrainedModel, adapter: AdapterConfig) -> list[str]:
         name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D | LoRALinear)
     ]
     chosen: set[str] = set()
+    read_past = _read_past(model)
     if adapter.lora_target_linear or targets == "all-linear":
-        chosen |= set(_decoder_linears(model, linears))
+        chosen |= set(_decoder_linears(model, linears)) - read_past
+        if read_past:
+            log.info(
+                "no LoRA on %d state-space output layers: their kernels read the weights alone",
+                len(read_past),
+            )
     if isinstance(targets, str) and targets != "all-linear":
         try:
             pattern = re.compile(targets)
@@ -203,6 +209,11 @@ def find_targets(model: PreTrainedModel, adapter: AdapterConfig) -> list[str]:
         for target in targets:
             matched = [n for n, _ in model.named_modules() if n == target or n.endswith("." + target)]
             chosen |= _only_linears(model, matched, target, linears)
+    if chosen & read_past:
+        raise ModelError(
+            f"lora_target_modules: {min(chosen & read_past)} is the output of a state-space layer, whose kernels "
+            "read its weight alone and would pass over an adapter; leave it out"
+        )
     if adapter.peft_layers_to_transform is not None:
         wanted = set(adapter.peft_layers_to_transform)
         found = {int(m[1]) for name in chosen if (m := _LAYER_INDEX.search(f".{name}."))}
@@ -223,6 +234,17 @@ def _decoder_linears(model: PreTrainedModel, linears: Sequence[str]) -> list[str
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     head = model.get_output_embeddings()
     return [n for n in linears if n.startswith(prefix + ".") and model.get_submodule(n) is not head]
+
+
+def _read_past(model: nn.Module) -> set[str]:
+    """Linear layers whose weight a fused kernel of their parent reads, so that an adapter on them would be
+    passed over: `out_proj` of Mamba's mixers. PEFT refuses them as well.
+    """
+    return {
+        f"{name}.out_proj"
+        for name, module in model.named_modules()
+        if hasattr(module, "A_log") and isinstance(getattr(module, "out_proj", None), nn.Linear | LoRALinear)
+    }
 
 
 def _only_linears(model: nn.Module, matched: list[str], target: str, linears: Sequence[str]) -> set[str]:

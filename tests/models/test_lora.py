@@ -171,6 +171,18 @@ def test_an_adapter_that_changed_its_base_is_refused(tmp_path: Path) -> None:
         adapter_files.read_adapter_config(tmp_path)
 
 
+def test_layers_that_kernels_read_past_get_no_adapter(tmp_path: Path) -> None:
+    model, settings = toy_model("mamba"), _adapter()
+    add_lora(model, settings, seed=0)
+    assert not any("out_proj" in name for name in lora_layers(model))
+    _randomise(model)
+    _save(model, tmp_path, settings)
+    theirs = peft.PeftModel.from_pretrained(toy_model("mamba"), tmp_path).eval()
+    torch.testing.assert_close(_logits(theirs), _logits(model), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ModelError, match="out_proj"):
+        add_lora(toy_model("mamba"), _adapter(lora_target_modules=["out_proj"], lora_target_linear=False), 0)
+
+
 def test_layers_to_transform_and_regex() -> None:
     model = toy_model("llama")
     add_lora(model, _adapter(peft_layers_to_transform=[1]), seed=0)

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, PrivateAttr
 
-from luthier.config import rules
+from luthier.config import entries, rules
 from luthier.config.datasets import DatasetEntry
 from luthier.config.emit import to_yaml
 from luthier.config.names import unknown_key
@@ -127,6 +127,11 @@ class Config(Sections):
         for contradiction in rules.contradictions(config.flat(), written):
             if not doubtful & _keys_named_in([contradiction.message]):
                 report((contradiction.key,), contradiction.message)
+        for key in ("datasets", "test_datasets"):
+            for index, entry in enumerate(getattr(config.data, key)):
+                for inside, message in entries.flaws(entry, config.data.train_on_inputs):
+                    path: Path_ = (key, index, *inside)
+                    report(path, f"{dotted(path)}: {message}")
         raise_problems(source.name, problems)
 
         inner = {path for path in (*lines, *touched) if len(path) > 1 and path[0] in written}

@@ -43,6 +43,10 @@ def _evaluates(c: Flat) -> bool:
     return _has_validation(c) or _has_samples(c)
 
 
+def _has_chat(c: Flat) -> bool:
+    return any(entry.get("type") == "chat_template" for entry in (*c["datasets"], *c["test_datasets"]))
+
+
 def _is_adam(c: Flat) -> bool:
     return str(c["optimizer"]).startswith("adam")
 
@@ -102,6 +106,11 @@ NEEDS: tuple[Need, ...] = (
         ("chat_template_jinja",),
         lambda c: c["chat_template"] == "jinja",
         "chat_template_jinja is read only with `chat_template: jinja`: write that, or leave it out.",
+    ),
+    Need(
+        ("chat_template_kwargs",),
+        _has_chat,
+        "chat_template_kwargs does nothing without a dataset of `type: chat_template`: leave it out.",
     ),
     Need(
         ("cosine_min_lr_ratio",),

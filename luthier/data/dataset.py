@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from luthier.config import Config, DatasetEntry, UserPrompt
 from luthier.data.cache import Store, Writer, cache_folder, cache_key, open_store
-from luthier.data.formats import check_entry, kind_of_entry
+from luthier.data.formats import kind_of_entry
 from luthier.data.readers import Rows, open_rows
 from luthier.data.report import DataReport, SourceReport, length_histogram, merge_tallies
 from luthier.data.tokenise import Tokeniser, tokenise
@@ -111,7 +111,7 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
     """Tokenise the config's datasets, or find them in the cache. `report.log()` says what there is to say.
 
     Raises DataError for rows that are bad (with their place), and for datasets of which nothing would be
-    trained; ConfigError for entries that contradict themselves.
+    trained; ConfigError for entries that do not fit the data that they name.
     """
     began = time.perf_counter()
     data = config.data
@@ -170,8 +170,6 @@ def _documents_of(
     entries: Sequence[DatasetEntry], config: Config, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Store, str, bool]:
     """The entries' documents, their cache key, and whether they were in the cache."""
-    for entry in entries:
-        check_entry(entry)  # mistakes in the config are said before any data is read
     opened = [open_rows(entry) for entry in entries]
     key = cache_key(entries, [rows.fingerprint for rows in opened], tokenizer, config)
     folder = cache_folder(config) / key

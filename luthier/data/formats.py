@@ -11,22 +11,18 @@ file: whoever reads the rows adds it.
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from string import Formatter
 
 from luthier.config.datasets import DatasetEntry, UserPrompt
+from luthier.config.entries import PROMPT_FIELDS, kind_of
 from luthier.data.conversations import chat_columns, chat_example
 from luthier.data.examples import ChatExample, Example, Segment, TextExample
 from luthier.data.pretokenized import TOKEN_COLUMNS, token_example
 from luthier.data.values import Row, fields_of, optional_text, required, text_of
-from luthier.errors import ConfigError, DataError
-
-TYPES = ("alpaca", "alpaca_chat.load_qa", "chat_template", "completion", "input_output")
-"""The named types; besides them a mapping (a prompt of one's own), or none for rows that are tokens
-already."""
+from luthier.errors import DataError
 
 _NO_INPUT = frozenset({"no input", "noinput", "<no input>", "<noinput>"})
 
@@ -168,122 +164,29 @@ def columns_of(entry: DatasetEntry) -> frozenset[str]:
     if kind == "input_output":
         return frozenset({entry.field or "segments"})
     prompt = prompt_format(entry)
-    return frozenset({prompt.field_instruction, prompt.field_input, prompt.field_output, prompt.field_system})
+    columns = {prompt.field_instruction, prompt.field_output, prompt.field_system}
+    # An input that the prompt has no place for is not read.
+    return frozenset(columns | ({prompt.field_input} if "{input}" in prompt.with_input else set()))
 
 
 def kind_of_entry(entry: DatasetEntry) -> str:
-    """`prompt`, `chat_template`, `completion`, `input_output` or `tokens`. Raises ConfigError for any other
-    type."""
-    if entry.type is None:
-        return "tokens"
-    if isinstance(entry.type, UserPrompt):
-        return "completion" if entry.type.field else "prompt"
-    if entry.type in _PROMPTS:
-        return "prompt"
-    if entry.type in TYPES:
-        return entry.type
-    close = difflib.get_close_matches(entry.type, TYPES, n=1)
-    meant = f" Did you mean `{close[0]}`?" if close else ""
-    raise ConfigError(
-        f"datasets: {entry.path}: there is no type `{entry.type}`.{meant} Types: {', '.join(TYPES)}; a "
-        "mapping with `format` for a prompt of your own; or no `type` at all for rows that have `input_ids`."
-    )
-
-
-_PROMPT_FIELDS = frozenset({"field_instruction", "field_input", "field_output", "field_system"})
-_READ = {
-    "prompt": _PROMPT_FIELDS,
-    "completion": frozenset({"field"}),
-    "input_output": frozenset({"field"}),
-    "tokens": frozenset({"labels_shifted"}),
-    "chat_template": frozenset(
-        {
-            "field_messages",
-            "field_tools",
-            "field_system",
-            "message_property_mappings",
-            "roles",
-            "chat_template",
-            "roles_to_train",
-            "train_on_eos",
-        }
-    ),
-}
-"""Keys of an entry that not every type reads, and who does."""
-_WHO = {
-    "prompt": "prompts with an answer (alpaca and the like)",
-    "completion": "`type: completion`",
-    "input_output": "`type: input_output`",
-    "tokens": "rows that are tokens already (no `type`)",
-    "chat_template": "`type: chat_template`",
-}
-
-
-def check_entry(entry: DatasetEntry) -> None:
-    """Raises ConfigError for an unknown type, a bad prompt, and keys that would do nothing with this type."""
-    kind = kind_of_entry(entry)
-    if kind == "prompt":
-        prompt_format(entry)
-    optional = frozenset().union(*_READ.values())
-    written = [name for name in sorted(optional - _READ[kind]) if getattr(entry, name)]
-    if written:
-        kinds = [other for other, read in _READ.items() if written[0] in read]
-        name = "rows of tokens" if kind == "tokens" else "this type"
-        raise ConfigError(
-            f"datasets: {entry.path}: {', '.join(written)}: {'do' if len(written) > 1 else 'does'} nothing with "
-            f"{name}; {written[0]} goes with {' and '.join(_WHO[other] for other in kinds)}. Leave out what is "
-            "not meant."
-        )
+    """`prompt`, `chat_template`, `completion`, `input_output` or `tokens`; a config has no other."""
+    kind = kind_of(entry)
+    assert kind is not None
+    return kind
 
 
 # --- prompts with an answer ---------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=64)
 def _user_format(prompt: UserPrompt) -> PromptFormat:
-    if not prompt.format:
-        raise ConfigError(
-            "datasets: type: a prompt of your own needs `format` (or `field`, for one column of text)."
-        )
-    _check_template("format", prompt.format, {"instruction", "input", "system", "output"})
-    if "{instruction}" not in prompt.format and "{input}" not in prompt.format:
-        raise ConfigError(
-            "datasets: type: format: there is neither {instruction} nor {input} in it, so each row would be "
-            "the same."
-        )
-    without = prompt.no_input_format if prompt.no_input_format is not None else prompt.format
-    if prompt.no_input_format is not None:
-        _check_template("no_input_format", without, {"instruction", "system", "output"})
-    system_format = prompt.system_format if prompt.system_format is not None else "{system}"
-    _check_template("system_format", system_format, {"system"})
+    assert prompt.format is not None  # a config without one is refused
     return PromptFormat(
         with_input=prompt.format,
-        without_input=without,
-        system_format=system_format,
+        without_input=prompt.no_input_format if prompt.no_input_format is not None else prompt.format,
+        system_format=prompt.system_format if prompt.system_format is not None else "{system}",
         system_prompt=prompt.system_prompt or "",
     )
-
-
-def _check_template(key: str, template: str, allowed: set[str]) -> None:
-    where = f"datasets: type: {key}"
-    try:
-        parts = list(Formatter().parse(template))
-    except ValueError as error:
-        raise ConfigError(
-            f"{where}: {error}. A brace that is text is written twice: {{{{ or }}}}."
-        ) from error
-    names = [name for _, name, _, _ in parts if name is not None]
-    unknown = [name for name in names if name not in allowed]
-    plain = all(not spec and not conversion for _, name, spec, conversion in parts if name is not None)
-    if unknown or not plain:
-        known = ", ".join(f"{{{name}}}" for name in sorted(allowed))
-        raise ConfigError(
-            f"{where}: {{{unknown[0] if unknown else names[0]}}} is not one of the places that it can have "
-            f"({known}). "
-            "A brace that is text is written twice: {{ or }}."
-        )
-    if "output" in names and (names.count("output") > 1 or names[-1] != "output"):
-        raise ConfigError(f"{where}: {{output}} can be there once, behind all other places.")
 
 
 @lru_cache(maxsize=64)
@@ -293,10 +196,10 @@ def _named_format(name: str | UserPrompt, fields: tuple[tuple[str, str], ...]) -
 
 
 def prompt_format(entry: DatasetEntry) -> PromptFormat:
-    """The entry's prompt with its own column names: those in `type` win over those beside it."""
+    """The entry's prompt with its own column names, which stand in `type` or beside it."""
     fields: dict[str, str] = {}
     for source in (entry, entry.type if isinstance(entry.type, UserPrompt) else None):
-        for name in ("field_instruction", "field_input", "field_output", "field_system"):
+        for name in PROMPT_FIELDS:
             value = getattr(source, name, None)
             if value:
                 fields[name] = value

@@ -138,6 +138,10 @@ def test_datasets(report, text, line, words):
         ("unfrozen_parameters: [lm_head]\ntrain_last_n_layers: 1", "exclude each other"),
         ("bf16: true\nfp16: true", "both true"),
         ("lora_r: 8", "lora_r does nothing without an adapter"),
+        (
+            "chat_template_kwargs: {a: 1}",
+            "chat_template_kwargs does nothing without a dataset of `type: chat_template`",
+        ),
         ("lora_target_linear: true", "lora_target_linear does nothing without an adapter"),
         ("adapter: lora\ntrain_last_n_layers: 2", "without an adapter"),
         ("adapter: lora\nunfrozen_parameters: [lm_head]", "without an adapter"),

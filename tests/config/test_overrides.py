@@ -26,7 +26,7 @@ import pytest
         (["special_tokens.pad_token=<pad>"], {"special_tokens": {"pad_token": "<pad>"}}),
         (["optim_args.momentum=0.5"], {"optim_args": {"momentum": 0.5}}),
         (
-            ["chat_template_kwargs={enable_thinking: false}"],
+            ["chat_template_kwargs={enable_thinking: false}", "datasets.0.type=chat_template"],
             {"chat_template_kwargs": {"enable_thinking": False}},
         ),
         (["datasets.0.path=e#10"], {"datasets": [{"path": "e#10", "type": "alpaca"}]}),
@@ -35,8 +35,8 @@ import pytest
             {"datasets": [{"path": "d.jsonl", "type": "alpaca"}, {"path": "e", "type": "completion"}]},
         ),
         (
-            ["test_datasets.0.path=e", "--test_datasets.0.type", "x"],
-            {"test_datasets": [{"path": "e", "type": "x"}]},
+            ["test_datasets.0.path=e", "--test_datasets.0.type", "completion"],
+            {"test_datasets": [{"path": "e", "type": "completion"}]},
         ),
     ],
 )

@@ -25,14 +25,15 @@ NASTY = [
         {"adapter": "lora", "lora_r": 8, "val_set_size": 0.1, "sample_prompts": NASTY},
         {"optimizer": "sgd", "optim_args": {"momentum": 0.9}, "tokens": NASTY, "lr_scheduler": "constant"},
         {
+            "datasets": [{"path": "d", "type": "chat_template"}],
             "chat_template_kwargs": {
                 text or "k": [text, {"a": {text: [[1, 2.5], []]}}, {}, None] for text in NASTY
-            }
+            },
         },
         {
             "datasets": [
                 {"path": "d", "type": {"format": "a\n\n# {input}"}},
-                {"path": "e", "roles": {"user": NASTY}},
+                {"path": "e", "type": "chat_template", "roles": {"user": NASTY}},
             ]
         },
         {"special_tokens": {"pad_token": "<pad>"}, "device_map": {"": 0}, "resume_from_checkpoint": True},

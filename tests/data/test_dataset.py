@@ -138,7 +138,7 @@ def test_what_changes_the_result_misses(toy_tokenizer: PreTrainedTokenizerFast, 
 def test_template_files_are_part_of_the_key(toy_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     template = tmp_path / "template.jinja"
     template.write_text("A")
-    wanted = config("x", entry={"chat_template": str(template)})
+    wanted = config("x", "chat_template", entry={"chat_template": str(template)})
     before = cache.cache_key(wanted.data.datasets, ["f"], toy_tokenizer, wanted)
     template.write_text("B")
     assert cache.cache_key(wanted.data.datasets, ["f"], toy_tokenizer, wanted) != before

@@ -11,9 +11,9 @@ import pytest
 
 from luthier.config import DatasetEntry, UserPrompt
 from luthier.data.examples import ChatExample, Segment, TextExample, TokenExample
-from luthier.data.formats import check_entry, columns_of, example_of, prompt_example
+from luthier.data.formats import columns_of, example_of, prompt_example
 from luthier.data.readers import open_rows
-from luthier.errors import ConfigError, DataError
+from luthier.errors import DataError
 
 # The prompts as github.com/tatsu-lab/stanford_alpaca publishes them (train.py, PROMPT_DICT).
 STANFORD_INPUT = (
@@ -126,30 +126,6 @@ def test_what_is_odd_is_counted() -> None:
     assert sorted(notes.values()) == [1, 1, 2]
 
 
-def test_unknown_type_names_all() -> None:
-    with pytest.raises(
-        ConfigError, match=r"no type `alpacca`. Did you mean `alpaca`\? Types: alpaca, .*input_out"
-    ):
-        example_of({"a": 1}, entry(type="alpacca"), False)
-
-
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ({"type": "alpaca", "roles_to_train": ["user"]}, "roles_to_train: does nothing with this type"),
-        ({"type": "chat_template", "field_output": "a"}, "goes with prompts with an answer"),
-        ({"type": "alpaca", "field": "x", "labels_shifted": True}, "field, labels_shifted: do nothing"),
-        (
-            {"field_messages": "x"},
-            "nothing with rows of tokens; field_messages goes with `type: chat_template`",
-        ),
-    ],
-)
-def test_keys_that_do_nothing(keys: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        check_entry(entry(**keys))
-
-
 # --- a prompt of one's own
 
 
@@ -178,23 +154,9 @@ def test_own_prompt() -> None:
     assert own({"body": "raw"}, field="body") == [("raw", True)]
 
 
-@pytest.mark.parametrize(
-    ("prompt", "message"),
-    [
-        ({}, "needs `format`"),
-        ({"format": "Q: {question}"}, "{question} is not one of the places"),
-        ({"format": "Q: {}"}, "is not one of the places"),
-        ({"format": "Q: {instruction!r}"}, "is not one of the places"),
-        ({"format": "Q: {instruction"}, "A brace that is text is written twice"),
-        ({"format": "Q:"}, "neither {instruction} nor {input}"),
-        ({"format": "{instruction}", "no_input_format": "{input}"}, "no_input_format: {input} is not one"),
-        ({"format": "{instruction}", "system_format": "{sys}"}, "system_format: {sys} is not one"),
-        ({"format": "{output} {instruction}"}, "{output} can be there once, behind all other places"),
-    ],
-)
-def test_bad_own_prompts(prompt: dict[str, str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        own({"instruction": "x", "output": "y"}, **prompt)
+def test_an_input_without_a_place_is_not_read() -> None:
+    assert "input" in columns_of(entry(type=UserPrompt(format="{instruction} {input}")))
+    assert "input" not in columns_of(entry(type=UserPrompt(format="{instruction}")))
 
 
 # --- plain text and segments

@@ -48,7 +48,12 @@ def trained_characters(
     if not messages:
         raise DataError("the conversation has no messages")
     if options.train_on_inputs:
-        return template.text(messages, example.tools), None
+        full = template.text(messages, example.tools)
+        barred = [at for at, message in enumerate(example.messages) if message.get("train") is False]
+        if not barred:
+            return full, None
+        turns = finder.find(messages, example.tools, full, barred)
+        return full, _outside(_from_turns([turns[at] for at in barred], False), len(full))
     asked = [_is_trained(message, options.roles) for message in example.messages]
     answers = [message.get("role") == "assistant" for message in messages]
     full, marks = template.text_and_marks(messages, example.tools)
@@ -101,6 +106,12 @@ def _from_turns(turns: Sequence[Turn], only_last_end: bool) -> list[Span]:
         else:
             spans.append((turn.start, turn.end))
     return spans
+
+
+def _outside(spans: Sequence[Span], length: int) -> list[Span]:
+    """What the spans, which are in order, leave of a text."""
+    edges = [0, *(edge for span in spans for edge in span), length]
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def _from_marks(template: ChatTemplate, full: str, marks: Sequence[Span], only_last_end: bool) -> list[Span]:

@@ -270,6 +270,18 @@ def test_train_on_inputs_trains_everything(toy_tokenizer, chat_config, entry):
     assert rendered.labels == rendered.input_ids
 
 
+def test_train_on_inputs_leaves_out_flagged_messages(toy_tokenizer, chat_config):
+    config, entry = chat_config(train_on_inputs=True)
+    messages = chat("Q", "A", "B", "C")
+    messages[1]["train"] = False
+    rendered = Renderer(toy_tokenizer, config).render([ChatExample(messages)], entry)[0]
+    header = "<|im_start|>{}\n{}".format
+    assert trained_text(toy_tokenizer, rendered) == [
+        header("user", "Q<|im_end|>\n") + header("assistant", ""),
+        "\n" + header("user", "B<|im_end|>\n") + header("assistant", "C<|im_end|>\n"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("messages", "stretches"),
     [

@@ -24,6 +24,7 @@ from typing import Any
 
 from luthier.config.datasets import DatasetEntry
 from luthier.data.files import KINDS, Row, kind_of, read_file, without_nulls
+from luthier.data.hub import notice_missing_network
 from luthier.errors import ConfigError, DataError
 
 log = logging.getLogger("luthier")
@@ -300,6 +301,7 @@ def _rows_of_hub(entry: DatasetEntry, name: str) -> Rows:
     import datasets
     from datasets.exceptions import DatasetsError
 
+    notice_missing_network()
     try:
         loaded = datasets.load_dataset(
             name,

@@ -14,6 +14,7 @@ from luthier.config import Config
 from luthier.data import templates
 from luthier.data.chat import ChatTemplate
 from luthier.data.encode import TextEncoder
+from luthier.data.hub import notice_missing_network
 from luthier.errors import ConfigError, ModelError, cannot_load
 
 if TYPE_CHECKING:
@@ -110,6 +111,8 @@ def _load(config: Config) -> PreTrainedTokenizerBase:
     elif folder.exists() or source.startswith(("/", ".", "~")) or source.count("/") > 1:
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise ModelError(f"cannot load the tokenizer: {source} {what}")
+    else:
+        notice_missing_network()
     try:
         return loader.from_pretrained(
             str(folder) if folder.is_dir() else source,

@@ -56,6 +56,7 @@ def command(
 
     # As late as this, so that --help does not wait for torch.
     from luthier.data.formats import prompt_example
+    from luthier.data.hub import notice_missing_network
     from luthier.data.render import Renderer
     from luthier.data.tokenizer import terminator_ids
     from luthier.generate.engine import Engine, default_terminators
@@ -71,6 +72,8 @@ def command(
         seed=seed,
         stop=tuple(stop or ()),
     )
+    if not Path(model).expanduser().exists():
+        notice_missing_network()
     opened, tokenizer, own = open_for_inference(model)
     config, entry = asking_format(model, tokenizer, own, raw=raw)
     prompt_ids = Renderer(tokenizer, config).prompt_ids(prompt_example(entry, text, input, system), entry)

@@ -11,6 +11,13 @@ from pydantic import Field
 
 from luthier.config.base import Section
 
+PROMPT_TYPES = ("alpaca", "alpaca_chat.load_qa")
+TYPES = (*PROMPT_TYPES, "chat_template", "completion", "input_output")
+"""The named types of rows; besides them a mapping (a prompt of one's own), or none for rows that are tokens
+already."""
+
+# Checked in `entries`, whose message says more than that the text is none of these.
+NamedType = Annotated[str, Field(json_schema_extra={"enum": list(TYPES)})]
 TrainOnEos = Literal["turn", "last", "all"]
 
 
@@ -53,7 +60,7 @@ class DatasetEntry(Section):
     """Which files of the folder or hub dataset are read. Default: all of them."""
     ds_type: Literal["json", "csv", "parquet", "arrow"] | None = None
     """File format, where the file names do not say it. `json` stands for jsonl too."""
-    type: str | UserPrompt | None = None
+    type: NamedType | UserPrompt | None = None
     """What a row is: `alpaca`, `alpaca_chat.load_qa`, `chat_template`, `completion`, `input_output`, or a
     mapping that describes your own prompt. Unset: rows are tokens already (`input_ids` and `labels`)."""
     field: str | None = None
@@ -97,7 +104,7 @@ class DataConfig(Section):
     """The training data: a list of entries, each with `path`, `type`, and further keys of its own."""
     test_datasets: list[DatasetEntry] = []
     """Validation data, in the same form as `datasets`; instead of `val_set_size`."""
-    val_set_size: Annotated[int | float, Field(ge=0)] = 0
+    val_set_size: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0)] = 0
     """Part of the training data that is held out for validation: a fraction below 1, or a number of rows."""
     sequence_len: Annotated[int, Field(ge=1)] = 2048
     """Longest document, in tokens. What happens to longer ones is said by `excess_length_strategy`."""

@@ -9,12 +9,7 @@ import difflib
 from collections.abc import Iterator
 from string import Formatter
 
-from luthier.config.datasets import DatasetEntry, UserPrompt
-
-PROMPT_TYPES = ("alpaca", "alpaca_chat.load_qa")
-TYPES = (*PROMPT_TYPES, "chat_template", "completion", "input_output")
-"""The named types; besides them a mapping (a prompt of one's own), or none for rows that are tokens
-already."""
+from luthier.config.datasets import PROMPT_TYPES, TYPES, DatasetEntry, UserPrompt
 
 PROMPT_FIELDS = ("field_instruction", "field_input", "field_output", "field_system")
 

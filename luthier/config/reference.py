@@ -77,11 +77,15 @@ def _with_null(properties: dict[str, Any], required: list[str]) -> dict[str, Any
 
 
 def help_text(width: int | None = None) -> str:
-    """All keys by section, with type, default and the first sentence of their help, for a terminal."""
+    """All keys by section and then those inside of others, with type, default and the first sentence of
+    their help, for a terminal."""
     width = min(width or shutil.get_terminal_size().columns, 110)
     lines: list[str] = []
-    for name, section in SECTIONS.items():
-        lines += ["", Sections.model_fields[name].description or name]
+    headed = [
+        (Sections.model_fields[name].description or name, section) for name, section in SECTIONS.items()
+    ]
+    for heading, section in (*headed, *_INNER):
+        lines += ["", heading]
         for key, info in section.model_fields.items():
             lines.append(f"  {key}  ({_kind(info)})")
             lines += textwrap.wrap(summary(info), width, initial_indent=" " * 6, subsequent_indent=" " * 6)

@@ -20,7 +20,7 @@ Switch = bool | Literal["auto"] | None
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
 Count = Annotated[int, Field(ge=1)]
-Interval = Annotated[int | float | None, Field(gt=0)]
+Interval = Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0)]
 
 
 class SpecialTokens(Section):
@@ -174,7 +174,7 @@ class OutputConfig(Section):
     resume_from_checkpoint: str | bool | None = None
     """`auto` (or true) goes on from the newest whole checkpoint of `output_dir`, if there is one; or the path
     of one."""
-    save_steps: Interval = None
+    save_steps: Interval | None = None
     """Steps between checkpoints, or below 1 a fraction of all steps."""
     saves_per_epoch: Annotated[int | None, Field(ge=0)] = None
     """Checkpoints in each epoch, the last one at its end; 0 for none. Default: 1, if `save_steps` is unset
@@ -188,7 +188,7 @@ class OutputConfig(Section):
 class EvaluationConfig(Section):
     """What is measured on held-out data during the run, and which samples are written."""
 
-    eval_steps: Interval = None
+    eval_steps: Interval | None = None
     """Steps between evaluations, or below 1 a fraction of all steps."""
     evals_per_epoch: Annotated[int | None, Field(ge=0)] = None
     """Evaluations in each epoch, the last one at its end; 0 for none. Default: 1, if there is something to
@@ -219,7 +219,7 @@ class EvaluationConfig(Section):
 class LoggingConfig(Section):
     """What is logged, and where to."""
 
-    logging_steps: Annotated[int | float, Field(gt=0)] = 10
+    logging_steps: Interval = 10
     """Steps between rows of `metrics.jsonl`, or below 1 a fraction of all steps."""
     report_to: list[Tracker] | Tracker = []
     """Trackers that get the metrics too."""

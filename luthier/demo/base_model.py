@@ -243,14 +243,14 @@ A language model small enough to be part of a Python package: {parameters:,} par
 embeddings), {config.vocab_size:,} tokens of byte-level BPE,
 with every digit a token of its own. Weights are stored in 16 bit (fp16).
 
-It was trained from scratch on {tokens:,} tokens of text that the package's own script writes (`corpus.py`): little
-stories, sequences of numbers, plurals, opposites, animals and their young, kinds of things, days and months, told in
-sentences and as entries of a dictionary. No other text was used. Held-out
+It was trained from scratch on {tokens:,} tokens of text that the package's own scripts write (`corpus.py`,
+`talks.py`): little stories, sequences of numbers, plurals, opposites, animals and their young, kinds of things,
+days and months, told in sentences, talks and entries of a dictionary. No other text was used. Held-out
 perplexity, on documents of the same kinds that it was not trained on: **{held_out:.2f}** per token
 ({config.vocab_size:,} would be guessing).
 
-It continues prose. It has seen no instructions: asked a question in an instruction template, it goes on with
-some prose and does not stop. Teaching it that is what `luthier demo` does. It knows nothing beyond its little
+It continues prose and talks. It has seen no instructions: asked in an instruction template, it goes on with
+more text and does not stop. Teaching it that is what `luthier demo` does. It knows nothing beyond its little
 world, and is of no use outside of demonstrations and tests.
 
 Made by

@@ -1,9 +1,10 @@
 """The text that the demo's base model is pre-trained on: an endless, seeded stream of short documents.
 
-Two kinds of document take turns: sentences (little stories, and facts told in prose) and entries of a small
-dictionary. The dictionary is what shows the model words that begin a line or follow a colon, where they are
-other tokens than in the middle of a sentence. Nothing is put as an instruction. A document is a function of the
-seed and its number alone, so that any part of the stream can be made again.
+Three kinds of document take turns: sentences (little stories, and facts told in prose), talks in which somebody
+asks and somebody knows (`talks`), and entries of a small dictionary. The dictionary is what shows the model
+words that begin a line or follow a colon, where they are other tokens than in the middle of a sentence. Nothing
+is put as an instruction, and no question in the words of the demo's tasks. A document is a function of the seed
+and its number alone, so that any part of the stream can be made again.
 
     python -m luthier.demo.corpus --documents 5      # look at some
 """
@@ -15,15 +16,19 @@ from collections.abc import Callable, Iterable
 from random import Random
 
 from luthier.demo import words
+from luthier.demo.talks import talk
 
-_DICTIONARY_SHARE = 1 / 3
+_DICTIONARY_SHARE, _TALK_SHARE = 0.2, 0.4
 
 
 def document(seed: int, number: int) -> str:
     """Document `number` of the stream that belongs to `seed`."""
     rng = Random(f"{seed}/{number}")
-    if rng.random() < _DICTIONARY_SHARE:
+    kind = rng.random()
+    if kind < _DICTIONARY_SHARE:
         return rng.choice(DICTIONARIES)(rng)
+    if kind < _DICTIONARY_SHARE + _TALK_SHARE:
+        return talk(rng)
     return rng.choices(list(SENTENCES), list(SENTENCES.values()))[0](rng)
 
 
@@ -57,6 +62,9 @@ def story(rng: Random) -> str:
             f"{n} lives near {p}. Every {d} {m} comes to visit and brings {a} {x}. They put the {x} beside the {y}.",
             f"It was {d}. {n} lost {a} {x} at {p}. {m} looked for the {x} and found it at {q}.",
             f"{n} and {m} met at {p}. {n} had {a} {x}, and {m} had the {y}. On {d} they met again at {q}.",
+            f"{n} describes a task to {m}, and the instruction is on {d}: bring the {x} to {p}.",
+            f"The request of {n} was paired with further context from {m}, and a response that appropriately "
+            f"completes it was written below the {x}.",
             f"Dear {n}, on {d} I saw your {x} at {p}. Come and get it, the {y} is there too. Yours, {m}.",
         )
     )

@@ -191,6 +191,7 @@ def find_targets(model: PreTrainedModel, adapter: AdapterConfig) -> list[str]:
     read_past = _read_past(model)
     if adapter.lora_target_linear or targets == "all-linear":
         chosen |= set(_decoder_linears(model, linears)) - read_past
+        _say_experts(model)
         if read_past:
             log.info(
                 "no LoRA on %d state-space output layers: their kernels read the weights alone",
@@ -245,6 +246,15 @@ def _read_past(model: nn.Module) -> set[str]:
         for name, module in model.named_modules()
         if hasattr(module, "A_log") and isinstance(getattr(module, "out_proj", None), nn.Linear | LoRALinear)
     }
+
+
+def _say_experts(model: nn.Module) -> None:
+    """transformers keeps the experts of a layer in one tensor each, which no linear layer holds."""
+    experts = sorted({n.rpartition(".")[2] for n, p in model.named_parameters() if p.dim() == 3})
+    if experts:
+        log.warning(
+            "no LoRA on the experts of this model (%s): they are no linear layers", ", ".join(experts)
+        )
 
 
 def _only_linears(model: nn.Module, matched: list[str], target: str, linears: Sequence[str]) -> set[str]:

@@ -43,7 +43,8 @@ from luthier.train.checkpoint import Checkpoints, State
 from luthier.train.files import write_text_atomic
 from luthier.train.folder import CONFIG, RunFolder, hold_folder, publish
 from luthier.train.interrupt import Interrupt
-from luthier.train.loop import Plan, fit, overfitting_since
+from luthier.train.intervals import build_plan
+from luthier.train.loop import fit, overfitting_since
 from luthier.train.metrics import Recorder
 from luthier.train.optim import Masters, build_optimizer, clip_gradients, schedule
 from luthier.train.trackers import Trackers
@@ -151,8 +152,12 @@ def _train(config: Config, opened: RunFolder, trackers: Trackers, began: float) 
             learning_rate=schedule(config.training, total_steps),
             clip=partial(clip_gradients, max_norm=config.training.max_grad_norm),
             scaler=scaler,
-            plan=_plan(
-                config, loader, total_steps, evaluates=evaluate is not None, samples=sample is not None
+            plan=build_plan(
+                config,
+                loader.steps_per_epoch,
+                total_steps,
+                evaluates=evaluate is not None,
+                samples=sample is not None,
             ),
             state=state,
             recorder=recorder,
@@ -259,38 +264,6 @@ def _say_steps(
     )
 
 
-def _plan(config: Config, loader: StepLoader, total: int, *, evaluates: bool, samples: bool) -> Plan:
-    evaluation, output = config.evaluation, config.output
-    return Plan(
-        total_steps=total,
-        log=_every(config.logging.logging_steps, None, loader.steps_per_epoch, total),
-        evaluate=_every(evaluation.eval_steps, evaluation.evals_per_epoch, loader.steps_per_epoch, total)
-        if evaluates or samples
-        else lambda step: False,
-        save=_every(output.save_steps, output.saves_per_epoch, loader.steps_per_epoch, total),
-        save_best=output.load_best_model_at_end,
-        patience=evaluation.early_stopping_patience,
-    )
-
-
-def _every(
-    steps: int | float | None, per_epoch: int | None, steps_per_epoch: int, total: int
-) -> Callable[[int], bool]:
-    """Which steps (counted from 1) something happens after: a number or fraction of steps, or a number of times
-    per epoch; once an epoch, and at the end, if neither is set."""
-    if steps is not None:
-        interval = max(1, math.ceil(total * steps)) if steps < 1 else int(steps)
-        return lambda step: step % interval == 0
-    times = 1 if per_epoch is None else per_epoch
-
-    def due(step: int) -> bool:
-        return step * times // steps_per_epoch > (step - 1) * times // steps_per_epoch or (
-            times > 0 and step == total
-        )
-
-    return due
-
-
 def _evaluators(
     config: Config,
     data: PreparedData,
@@ -360,6 +333,8 @@ def _job(config: Config, data: PreparedData, masters: Masters, loader: StepLoade
         "data": hashlib.sha256(data.train.digests.tobytes() + data.train.trained.tobytes()).hexdigest(),
         "rows_per_step": loader.rows_per_step,
         "seed": config.training.seed,
+        "shuffle": config.data.shuffle,
+        "sample_packing": config.data.sample_packing,
         "optimizer": config.training.optimizer,
         "parameters": {name: list(master.shape) for name, master in masters.masters.items()},
     }

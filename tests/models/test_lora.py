@@ -268,3 +268,11 @@ def test_trainable_counts_are_those_of_the_literature() -> None:
         model = shape()
         add_lora(model, _adapter(lora_r=8, **values), seed=0)
         assert count_parameters(model)[0] == expected
+
+
+def test_experts_without_lora_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    add_lora(toy_model("qwen3_moe"), _adapter(), seed=0)
+    assert "no LoRA on the experts" in caplog.text and "gate_up_proj" in caplog.text
+    caplog.clear()
+    add_lora(toy_model("qwen3"), _adapter(), seed=0)
+    assert not caplog.text

@@ -56,6 +56,15 @@ class Config(Sections):
         """Where each flat key's value is from; dotted keys say it for what was written inside a key."""
         return dict(self._origins)
 
+    def place(self, key: str) -> str:
+        """Where a value stands, to begin a message with: "cfg.yml:12: ", or nothing for a default."""
+        parts = key.split(".")
+        for length in range(len(parts), 0, -1):
+            origin = self._origins.get(".".join(parts[:length]), DEFAULT)
+            if origin != DEFAULT:
+                return "" if origin.startswith("derived: ") else f"{origin}: "
+        return ""
+
     def flat(self) -> dict[str, Any]:
         """All flat keys and their values as plain data, in the order of the sections."""
         return {key: _plain(getattr(getattr(self, section), key)) for key, section in SECTION_OF.items()}

@@ -186,7 +186,7 @@ def _single_keys(c: Flat, written: Collection[str]) -> Iterator[Contradiction]:
     for key in ("eval_steps", "save_steps", "logging_steps", "val_set_size"):
         if key in written and isinstance(c[key], float) and c[key] > 1:
             yield Contradiction(key, f"{key}: {c[key]} is neither a whole number nor a fraction below 1.")
-    if c["device_map"] == "" or (isinstance(c["device_map"], dict) and list(c["device_map"]) != [""]):
+    if not _is_device(c["device_map"]):
         yield Contradiction(
             "device_map",
             'device_map has to be auto, cpu, cuda, cuda:N, mps, or a mapping with one entry, {"": device}.',
@@ -194,6 +194,12 @@ def _single_keys(c: Flat, written: Collection[str]) -> Iterator[Contradiction]:
     for key in ("base_model", "output_dir"):
         if not c[key].strip():
             yield Contradiction(key, f"{key} is empty.")
+
+
+def _is_device(value: Any) -> bool:
+    if isinstance(value, dict):
+        return list(value) == [""] and (isinstance(value[""], int) or _is_device(value[""]))
+    return value is None or re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value) is not None
 
 
 def _patterns(c: Flat) -> Iterator[Contradiction]:

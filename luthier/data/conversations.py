@@ -93,6 +93,10 @@ def _message(
     for name, column in (mappings or _usual_names(message)).items():
         if column in message and column != name:
             message[name] = message.pop(column)
+        elif column not in message and name in message and name in ("role", "content"):
+            raise DataError(
+                f"{where} has `{name}` and no `{column}`, which `message_property_mappings` says is its {name}"
+            )
     role = message.get("role")
     if not isinstance(role, str):
         raise DataError(f"{where} has no role; it has: {', '.join(given)}. See `message_property_mappings`")

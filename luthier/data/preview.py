@@ -77,11 +77,24 @@ def validate(config: ConfigArgument, overrides: Overrides = None) -> None:
     console.print("config and data are fine")
 
 
+def _check_model_type(config: Config) -> None:
+    """Training would find it as well, but only once it loads the model."""
+    import transformers
+
+    name = config.model.model_type
+    if not hasattr(transformers, name):
+        raise ConfigError(
+            f"{config.place('model_type')}model_type: transformers {transformers.__version__} has no model class "
+            f"{name!r}"
+        )
+
+
 def _prepare(config: Config) -> tuple[PreparedData, PreTrainedTokenizerBase]:
     # Imported here, so that a mistake in the config is said before transformers is loaded.
     from luthier.data.dataset import prepare
     from luthier.data.tokenizer import load_tokenizer
 
+    _check_model_type(config)
     tokenizer = load_tokenizer(config)
     return prepare(config, tokenizer), tokenizer
 

@@ -55,7 +55,7 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         )
     _set_template(tokenizer, config)
     for token in config.data.eot_tokens or ():
-        _single_token(tokenizer, token)
+        _single_token(tokenizer, token, config.place("eot_tokens"))
     return tokenizer
 
 
@@ -99,7 +99,8 @@ def _load(config: Config) -> PreTrainedTokenizerBase:
     loader = getattr(transformers, model.tokenizer_type, None)
     if loader is None:
         raise ConfigError(
-            f"tokenizer_type: transformers {transformers.__version__} has no class {model.tokenizer_type!r}"
+            f"{config.place('tokenizer_type')}tokenizer_type: transformers {transformers.__version__} has no "
+            f"class {model.tokenizer_type!r}"
         )
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -158,7 +159,11 @@ def _set_tokens(tokenizer: PreTrainedTokenizerBase, config: Config) -> list[str]
 
 def _set_template(tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
     data = config.data
-    chosen = templates.chosen(data.chat_template, data.chat_template_jinja, tokenizer.chat_template)
+    own = tokenizer.chat_template
+    chosen = _chosen(config, "chat_template", data.chat_template, data.chat_template_jinja, own)
+    for key in ("datasets", "test_datasets"):
+        for at, entry in enumerate(getattr(data, key)):
+            _chosen(config, f"{key}.{at}.chat_template", entry.chat_template, None, own)
     entries = [entry for entry in (*data.datasets, *data.test_datasets) if is_chat(entry.type)]
     if data.chat_template is None and data.chat_template_jinja is None and entries:
         # The entries agree on a template of their own: then it is the one that is saved with the model.
@@ -174,13 +179,22 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
         )
 
 
-def _single_token(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+def _chosen(
+    config: Config, key: str, choice: str | None, jinja: str | None, own: str | dict[str, str] | None
+) -> str | dict[str, str] | None:
+    try:
+        return templates.chosen(choice, jinja, own)
+    except ConfigError as error:
+        raise ConfigError(f"{config.place(key)}{error}") from error
+
+
+def _single_token(tokenizer: PreTrainedTokenizerBase, token: str, place: str) -> int:
     ids = tokenizer(token, add_special_tokens=False)["input_ids"]
     known = tokenizer.convert_tokens_to_ids(token)
     if isinstance(known, int) and known != tokenizer.unk_token_id and list(ids) == [known]:
         return known
     raise ConfigError(
-        f"eot_tokens: {token!r} is not one token of this tokenizer but {len(ids)}. Add it with "
+        f"{place}eot_tokens: {token!r} is not one token of this tokenizer but {len(ids)}. Add it with "
         f"`tokens: [{token!r}]` (its embedding has to be trained then), or name the token that ends a turn "
         "in this model's template."
     )

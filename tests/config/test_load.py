@@ -164,6 +164,7 @@ def test_datasets(report, text, line, words):
         ("unfrozen_parameters: ['(']", "not a regular expression"),
         ("adapter: lora\nlora_target_modules: '('", "not a regular expression"),
         ("device_map: {lm_head: 1}", "device_map has to be"),
+        ("device_map: cudaa", "device_map has to be"),
     ],
 )
 def test_contradictions(report, text, words):

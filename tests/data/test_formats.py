@@ -216,6 +216,16 @@ def test_messages_of_both_kinds_are_the_same_conversation() -> None:
     assert chat_of({"turns": own, "messages": []}, **keys).messages == expected
 
 
+def test_a_mapping_that_does_not_fit_is_an_error() -> None:
+    row = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
+    with pytest.raises(DataError, match="message 1 of `messages` has `role` and no `from`"):
+        example_of(
+            row,
+            entry(type="chat_template", message_property_mappings={"role": "from", "content": "value"}),
+            False,
+        )
+
+
 def test_train_flags_and_other_keys() -> None:
     flags = [
         {"train": True},

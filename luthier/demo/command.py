@@ -173,13 +173,13 @@ def write_answers(path: Path, questions: list[Question], before: list[str], afte
 
 
 def _closing(console: Console, run: Path, count: int, seconds: float) -> None:
-    prompt = "Continue the Fibonacci sequence with the next two numbers."
+    prompt = "Continue the Fibonacci sequence with two numbers."
     console.print(f"All of it took {seconds:.0f} seconds.")
     console.print(f"The adapter, its config and its log lie in [bold]{escape(str(run))}[/bold];")
     console.print(f"all {count} questions and answers in {escape(str(run / ANSWERS))}.")
     console.print("\nTry next:")
     for command in (
-        f'luthier generate {run} --prompt "{prompt}" --input "4, 7, 11, 18"',
+        f'luthier generate {run} --prompt "{prompt}" --input "21, 34, 55, 89"',
         f"luthier preview {run / 'config.yaml'}",
         f"luthier train {run / 'config.yaml'} --output_dir ./second-run --lora_r 4",
     ):

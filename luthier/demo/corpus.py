@@ -1,10 +1,10 @@
 """The text that the demo's base model is pre-trained on: an endless, seeded stream of short documents.
 
-Three kinds of document take turns: sentences (little stories, and facts told in prose), talks in which somebody
-asks and somebody knows (`talks`), and entries of a small dictionary. The dictionary is what shows the model
-words that begin a line or follow a colon, where they are other tokens than in the middle of a sentence. Nothing
-is put as an instruction, and no question in the words of the demo's tasks. A document is a function of the seed
-and its number alone, so that any part of the stream can be made again.
+Several kinds of document take turns: sentences (little stories, and facts told in prose), entries of a small
+dictionary, and questions with answers (`talks`). The dictionary is what shows the model words that begin a
+line or follow a colon, where they are other tokens than in the middle of a sentence. Nothing is put as an
+instruction, and no question in the words of the demo's tasks. A document is a function of the seed and its
+number alone, so that any part of the stream can be made again.
 
     python -m luthier.demo.corpus --documents 5      # look at some
 """
@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable
 from random import Random
 
 from luthier.demo import words
-from luthier.demo.talks import talk
+from luthier.demo.talks import book, talk
 
-_DICTIONARY_SHARE, _TALK_SHARE = 0.2, 0.4
+_DICTIONARY_SHARE, _TALK_SHARE, _BOOK_SHARE = 0.15, 0.15, 0.4
 
 
 def document(seed: int, number: int) -> str:
@@ -29,6 +29,8 @@ def document(seed: int, number: int) -> str:
         return rng.choice(DICTIONARIES)(rng)
     if kind < _DICTIONARY_SHARE + _TALK_SHARE:
         return talk(rng)
+    if kind < _DICTIONARY_SHARE + _TALK_SHARE + _BOOK_SHARE:
+        return book(rng)
     return rng.choices(list(SENTENCES), list(SENTENCES.values()))[0](rng)
 
 

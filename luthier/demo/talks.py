@@ -1,6 +1,6 @@
-"""Talks for the pre-training text: one asks, another knows, and neither is an instruction.
+"""Questions and answers in the pre-training text: talks, and pages of a book; neither is an instruction.
 
-The questions are about the same little world as the demo's tasks, in other words than theirs; a talk goes on
+The questions are about the same little world as the demo's tasks, in other words than theirs; a text goes on
 after an answer, so a model of this text does not know that an answer is all there is to say.
 """
 
@@ -24,6 +24,41 @@ def talk(rng: Random) -> str:
         lines += [f"{asks}:{question}", f"{knows}:{answer}"]
     thanks = rng.choice(("Thank you.", "Yes, that is right.", f"{knows} knows it all.", "I see."))
     return "\n".join([*lines, f"{asks}:{thanks}"])
+
+
+_HEADINGS = (
+    ("Question:", "Answer:"),
+    ("### Question:", "### Answer:"),
+    ("Asked:", "Said:"),
+    ("### Exercise:", "### Solution:"),
+    ("# Question", "# Result:"),
+)
+
+
+def book(rng: Random) -> str:
+    """A page of a book of questions: an introduction, then questions and answers under headings, and more text."""
+    asked, answered = rng.choice(_HEADINGS)
+    lines = []
+    if rng.random() < 0.7:
+        n = rng.choice(words.NAMES)
+        lines = [
+            rng.choice(
+                (
+                    f"Below is what {n} asked, paired with further context. Each response completes the request.",
+                    f"This page describes a task that {n} wrote. Write down what is asked.",
+                    f"An instruction of {n} that describes what stands below, and provides the answers appropriately.",
+                    f"On {rng.choice(words.DAYS)} {n} was at {rng.choice(words.PLACES)} and wrote this for the school.",
+                )
+            ),
+            "",
+        ]
+    for _ in range(rng.randrange(1, 4)):
+        question, answer = rng.choice(QUESTIONS)(rng)
+        question = question.replace("\n", rng.choice(("\n", "\n", "\n\n### Given:\n")))
+        lines += [asked, question, "", answered + answer, ""]
+    return "\n".join(
+        [*lines, rng.choice(("The page ends here.", "More on the next page.", "So much for this."))]
+    )
 
 
 def _list(row: list[int] | tuple[int, ...]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from luthier.demo import corpus, words
+from luthier.demo import corpus, tasks, words
 from luthier.demo.corpus import documents
 
 
@@ -29,9 +29,9 @@ def test_every_writer_writes_finished_text() -> None:
 def test_dictionary_entries_are_right() -> None:
     entries = [
         entry.partition(":")
-        for text in documents(2, 0, 2000)
-        if "\n" in text and ":" in text
-        for entry in text.partition("\n")[2].replace("; ", "\n").split("\n")
+        for writer in corpus.DICTIONARIES
+        for number in range(100)
+        for entry in writer(Random(number)).partition("\n")[2].replace("; ", "\n").split("\n")
     ]
     tables = (words.PLURALS, words.OPPOSITES, words.YOUNG, words.KINDS)
     assert len(entries) > 500
@@ -45,3 +45,9 @@ def test_dictionary_entries_are_right() -> None:
 def test_every_opposite_and_plural_is_the_only_one() -> None:
     assert all(words.OPPOSITES[other] == word for word, other in words.OPPOSITES.items())
     assert len(set(words.PLURALS.values())) == len(words.PLURALS)
+
+
+def test_questions_in_the_text_are_none_of_the_demos() -> None:
+    texts = "\n".join(documents(5, 0, 4000))
+    fixed = {question for ask in tasks.TASKS.values() for (question, given), _ in ask() if given}
+    assert not [question for question in fixed if question in texts]

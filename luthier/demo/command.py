@@ -161,8 +161,12 @@ def samples_table(questions: list[Question], before: list[str], after: list[str]
         shown.add(question.task)
         asked = f"{question.instruction}\n{question.input}".strip()
         colour = "green" if is_exact(new, question.output) else "red"
-        table.add_row(escape(asked), escape(old), f"[{colour}]{escape(new)}[/{colour}]")
+        table.add_row(escape(asked), escape(_one_line(old)), f"[{colour}]{escape(_one_line(new))}[/{colour}]")
     return table
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def write_answers(path: Path, questions: list[Question], before: list[str], after: list[str]) -> None:

@@ -144,7 +144,7 @@ def row_loss(model: LlamaForCausalLM, rows: torch.Tensor) -> torch.Tensor:
     """Mean cross entropy over all positions of `rows`, shape (rows, length + 1)."""
     input_ids = rows[:, :-1]
     # A document sees only itself, as it will be alone when the model is used.
-    ends = input_ids.eq(model.config.eos_token_id).long()
+    ends = torch.eq(input_ids, torch.tensor(model.config.eos_token_id)).long()
     document = ends.cumsum(1) - ends
     same = document[:, :, None] == document[:, None, :]
     mask = (same & torch.ones(same.shape[1:], dtype=torch.bool).tril())[:, None]

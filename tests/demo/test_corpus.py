@@ -49,5 +49,6 @@ def test_every_opposite_and_plural_is_the_only_one() -> None:
 
 def test_questions_in_the_text_are_none_of_the_demos() -> None:
     texts = "\n".join(documents(5, 0, 4000))
-    fixed = {question for ask in tasks.TASKS.values() for (question, given), _ in ask() if given}
-    assert not [question for question in fixed if question in texts]
+    items = [item for make in tasks.TASKS.values() for item in make()]
+    fixed = {instruction for item in items for instruction, given in item.questions if given}
+    assert not [instruction for instruction in fixed if instruction in texts]

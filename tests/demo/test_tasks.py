@@ -29,9 +29,20 @@ def test_the_seed_decides_which_rows_are_held_out() -> None:
     assert tasks.make_rows(1)[1] != tasks.make_rows(2)[1]
 
 
-def test_no_held_out_row_is_trained_on() -> None:
+def test_no_held_out_item_is_trained_on_in_any_wording() -> None:
     asked = [(row["instruction"], row["input"]) for row in rows("train") + rows("test")]
     assert len(set(asked)) == len(asked)
+    home = {
+        (task, question): number
+        for task, make in tasks.TASKS.items()
+        for number, item in enumerate(make())
+        for question in item.questions
+    }
+    trained, held_out = (
+        {(row["task"], home[row["task"], (row["instruction"], row["input"])]) for row in rows(name)}
+        for name in ("train", "test")
+    )
+    assert not trained & held_out
 
 
 def test_every_kind_is_there_in_both_files() -> None:

@@ -1,14 +1,17 @@
-"""The parts of `luthier demo`: its folder, its config, its tables."""
+"""The parts of `luthier demo`: its folder, its config, its tables; a short form of it, and the whole."""
 
 from __future__ import annotations
 
+import json
 from importlib import resources
 from io import StringIO
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
-from luthier.demo import command
+from luthier.demo import command, tasks
+from luthier.evaluate.exact_match import exact_match
 
 HOME = Path(str(resources.files("luthier.demo")))
 
@@ -45,3 +48,39 @@ def test_the_tables_count_only_what_is_right_to_the_letter():
     for row in (("plurals", "2", "0.0%", "100.0%"), ("counting", "1", "0.0%", "0.0%"), ("all", "66.7%")):
         assert any(all(cell in line for cell in row) for line in text.splitlines()), row
     assert "[a], b" in text
+
+
+def run_demo(folder: Path, capfd: pytest.CaptureFixture[str], seed: int = 42) -> tuple[str, list[dict[str, str]]]:
+    """What the command prints, and every question with both answers."""
+    command.demo(output_dir=folder, overwrite=False, seed=seed)
+    lines = (folder / command.ANSWERS).read_text(encoding="utf-8").splitlines()
+    return capfd.readouterr().out, [json.loads(line) for line in lines]
+
+
+def test_a_run_in_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    whole_config, all_questions = command.demo_config, command.held_out
+    monkeypatch.setattr(
+        command, "demo_config", lambda *each: whole_config(*each).replace("a short test", max_steps=2)
+    )
+    # One question of each kind.
+    monkeypatch.setattr(
+        command, "held_out", lambda path: list({each.task: each for each in all_questions(path)}.values())
+    )
+    printed, answers = run_demo(tmp_path / "run", capfd)
+    assert {row["task"] for row in answers} == set(tasks.TASKS)
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+    for text in ("1/3", "3/3", "before", "after", "luthier generate", "luthier preview", "luthier train"):
+        assert text in printed, text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [42, 1])
+def test_it_learns_what_it_did_not_know(tmp_path: Path, capfd: pytest.CaptureFixture[str], seed: int):
+    """Under a tenth of the held-out answers are right before, and nearly all after."""
+    _, answers = run_demo(tmp_path / "run", capfd, seed)
+    expected, kinds = [row["output"] for row in answers], [row["task"] for row in answers]
+    before = exact_match([row["before"] for row in answers], expected, kinds)
+    after = exact_match([row["after"] for row in answers], expected, kinds)
+    assert before.overall.accuracy < 0.1
+    assert after.overall.accuracy > 0.95
+    assert min(score.accuracy for score in after.groups.values()) > 0.8

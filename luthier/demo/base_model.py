@@ -236,6 +236,10 @@ def _card(model: LlamaForCausalLM, steps: int, held_out: float) -> str:
     parameters = sum(p.numel() for p in model.parameters())
     tokens = steps * ROWS_PER_STEP * SEQUENCE_LENGTH
     config = model.config
+    shape = (
+        f"{config.num_hidden_layers} layers, hidden size {config.hidden_size}, "
+        f"{config.num_attention_heads} heads, tied embeddings"
+    )
     return f"""---
 license: apache-2.0
 language: en
@@ -245,9 +249,8 @@ library_name: transformers
 # Luthier's demo base model
 
 A language model small enough to be part of a Python package: {parameters:,} parameters, Llama architecture
-({config.num_hidden_layers} layers, hidden size {config.hidden_size}, {config.num_attention_heads} heads, tied
-embeddings), {config.vocab_size:,} tokens of byte-level BPE,
-with every digit a token of its own. Weights are stored in 16 bit (fp16).
+({shape}), {config.vocab_size:,} tokens
+of byte-level BPE, with every digit a token of its own. Weights are stored in 16 bit (fp16).
 
 It was trained from scratch on {tokens:,} tokens of text that the package's own scripts write (`corpus.py`,
 `talks.py`): little stories, sequences of numbers, plurals, opposites, animals and their young, kinds of things,

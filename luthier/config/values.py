@@ -196,6 +196,8 @@ def _check_container(branch: Any, value: Any, path: Path_, report: Report, limit
 def _scalar(branch: Any, value: Any) -> Any:
     """The value if it fits the branch, else `INVALID`."""
     if get_origin(branch) is Literal:
+        if value is False and "off" in get_args(branch):
+            return "off"  # which YAML reads as false
         return value if isinstance(value, str) and value in get_args(branch) else INVALID
     if branch is bool or branch is str:
         return value if type(value) is branch else INVALID

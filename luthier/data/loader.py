@@ -16,6 +16,7 @@ import torch
 
 from luthier.data.dataset import TokenDataset
 from luthier.data.packing import best_fit, cut_into_passes
+from luthier.data.tree import cut_by_beginning, plain_forest, shared_forest
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Batch:
     position_ids: torch.Tensor
     cu_seqlens: torch.Tensor
     lengths: tuple[int, ...]
+    parents: tuple[int, ...]
     seeds: tuple[int, ...]
     position_N: torch.Tensor
     target_N: torch.Tensor
@@ -56,6 +58,7 @@ class StepLoader:
             `packed_len`, packed rows of that many tokens.
         tokens_per_pass: token budget of a forward pass.
         alone: documents may not share a pass on this model.
+        share: what documents of a pass begin with alike is computed once.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class StepLoader:
         shuffle: bool,
         packed_len: int | None = None,
         alone: bool = False,
+        share: bool = False,
     ) -> None:
         self.dataset = dataset
         self.rows_per_step = rows_per_step
@@ -75,6 +79,7 @@ class StepLoader:
         self.seed = seed
         self.shuffle = shuffle
         self.alone = alone
+        self.share = share and not alone
         self._cached_order: tuple[int, np.ndarray] | None = None
         self._groups = (
             best_fit(dataset.lengths, packed_len) if packed_len else [[i] for i in range(len(dataset))]
@@ -88,7 +93,7 @@ class StepLoader:
         order = self._order(epoch)[within * self.rows_per_step : (within + 1) * self.rows_per_step]
         rows = tuple(row for group in order for row in self._groups[group])
         lengths = [int(self.dataset.lengths[row]) for row in rows]
-        passes = cut_into_passes(lengths, self.tokens_per_pass, alone=self.alone)
+        passes = self._cut(rows, lengths)
         trained = int(sum(int(self.dataset.trained[row]) for row in rows))
         return Step(epoch, rows, tuple(map(tuple, passes)), sum(lengths), trained)
 
@@ -97,11 +102,21 @@ class StepLoader:
         for indices in step.passes:
             rows = [step.rows[i] for i in indices]
             seeds = [((self.seed * 1_000_003 + step.epoch) * 1_000_003 + row) % 2**40 for row in rows]
-            yield make_batch(self.dataset, rows, seeds, device)
+            yield make_batch(self.dataset, rows, seeds, device, share=self.share)
 
     def locations(self, step: Step) -> list[str]:
         """Where the rows of a step are, as file:line."""
         return [self.dataset.location(row) for row in step.rows]
+
+    def _cut(self, rows: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
+        passes = cut_into_passes(lengths, self.tokens_per_pass, alone=self.alone)
+        if not self.share or len(passes) == 1:
+            return passes
+        documents = [self.dataset[row] for row in rows]
+        if any(document.lengths for document in documents):
+            return passes  # what packed rows share is inside them; their order says nothing of it
+        together = cut_by_beginning([document.input_ids for document in documents], self.tokens_per_pass)
+        return together if len(together) <= len(passes) else passes
 
     def _order(self, epoch: int) -> np.ndarray:
         if not self.shuffle:
@@ -113,29 +128,46 @@ class StepLoader:
 
 
 def make_batch(
-    dataset: TokenDataset, rows: Sequence[int], seeds: Sequence[int], device: torch.device
+    dataset: TokenDataset,
+    rows: Sequence[int],
+    seeds: Sequence[int],
+    device: torch.device,
+    *,
+    share: bool = False,
 ) -> Batch:
-    """Rows of a dataset end to end. A row that was packed elsewhere counts as the documents inside it."""
-    ids, labels, lengths, document_seeds = [], [], [], []
+    """Rows of a dataset as one pass. A row that was packed elsewhere counts as the documents inside it.
+
+    With `share`, what documents begin with alike is there once (`data.tree`), and a label that several of them
+    have at the same token once with the sum of their weights.
+    """
+    ids: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    document_seeds: list[int] = []
     for row, seed in zip(rows, seeds, strict=True):
         document = dataset[row]
-        inside = document.lengths or (len(document.input_ids),)
-        ids.append(np.asarray(document.input_ids, np.int64))
-        labels.append(np.asarray(document.labels, np.int64))
-        lengths += list(inside)
-        document_seeds += [seed + (n << 40) for n in range(len(inside))]
-    flat_ids, flat_labels = np.concatenate(ids), np.concatenate(labels)
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
-    positions = np.arange(len(flat_ids)) - np.repeat(cu_seqlens[:-1], lengths)
+        ends = np.cumsum(document.lengths or (len(document.input_ids),))[:-1]
+        ids += np.split(np.asarray(document.input_ids, np.int64), ends)
+        labels += np.split(np.asarray(document.labels, np.int64), ends)
+        document_seeds += [seed + (n << 40) for n in range(len(ends) + 1)]
+    forest = shared_forest(ids) if share else plain_forest([len(document) for document in ids])
+    segments = list(zip(forest.owners, forest.starts, forest.lengths, strict=True))
+    positions = np.concatenate([np.arange(start, start + length) for _, start, length in segments])
     # A label stands at its own token and is predicted from the one before it; a first token from none.
-    labelled = np.flatnonzero((flat_labels >= 0) & (positions > 0))
+    flat_labels = np.concatenate([document[1:] for document in labels])
+    labelled = flat_labels >= 0
+    places = np.concatenate([places[:-1] for places in forest.places])[labelled]
+    targets, weights = flat_labels[labelled], np.ones(int(labelled.sum()), np.float32)
+    if len(positions) < sum(map(len, ids)):
+        pairs, counts = np.unique(places << 32 | targets, return_counts=True)
+        places, targets, weights = pairs >> 32, pairs & 0xFFFFFFFF, counts.astype(np.float32)
     return Batch(
-        input_ids=torch.from_numpy(flat_ids).to(device),
+        input_ids=torch.from_numpy(np.concatenate([ids[o][a : a + n] for o, a, n in segments])).to(device),
         position_ids=torch.from_numpy(positions).to(device),
-        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)).to(device),
-        lengths=tuple(int(n) for n in lengths),
-        seeds=tuple(document_seeds),
-        position_N=torch.from_numpy(labelled - 1).to(device),
-        target_N=torch.from_numpy(flat_labels[labelled]).to(device),
-        weight_N=torch.ones(len(labelled), dtype=torch.float32, device=device),
+        cu_seqlens=torch.from_numpy(np.cumsum([0, *forest.lengths]).astype(np.int32)).to(device),
+        lengths=forest.lengths,
+        parents=forest.parents,
+        seeds=tuple(document_seeds[owner] for owner in forest.owners),
+        position_N=torch.from_numpy(places).to(device),
+        target_N=torch.from_numpy(targets).to(device),
+        weight_N=torch.from_numpy(weights).to(device),
     )

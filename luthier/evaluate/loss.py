@@ -14,7 +14,13 @@ from luthier.data.packing import cut_into_passes
 
 @torch.no_grad()
 def evaluate_loss(
-    policy: nn.Module, dataset: TokenDataset, *, tokens_per_pass: int, alone: bool, device: torch.device
+    policy: nn.Module,
+    dataset: TokenDataset,
+    *,
+    tokens_per_pass: int,
+    alone: bool,
+    share: bool = False,
+    device: torch.device,
 ) -> dict[str, float]:
     """Mean negative log-likelihood per trained token over the dataset, its exponential, and accuracy.
 
@@ -29,11 +35,11 @@ def evaluate_loss(
     correct = tokens = 0
     try:
         for rows in cut_into_passes(dataset.lengths.tolist(), tokens_per_pass, alone=alone):
-            batch = make_batch(dataset, rows, [0] * len(rows), device)
+            batch = make_batch(dataset, rows, [0] * len(rows), device, share=share)
             logps, hits = policy(batch)
-            total += logps.double().sum().cpu()
-            correct += int(hits.sum())
-            tokens += len(logps)
+            total += (logps * batch.weight_N).double().sum().cpu()
+            correct += int((hits * batch.weight_N).sum())
+            tokens += int(batch.weight_N.sum())
     finally:
         policy.train(was_training)
     loss = float(-total / tokens)

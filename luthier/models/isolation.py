@@ -1,8 +1,9 @@
 """Proof at load, on the very model that will be trained, that a flat batch computes what it should.
 
-Two things could go wrong unseen: documents that share a pass could see each other (a family with masks or
-states of its own), and the head could be run without the family's convention. Both are tried here on a few
-random tokens against the model's own forward; what differs is not used, and one line says so.
+Three things could go wrong unseen: documents that share a pass could see each other (a family with masks or
+states of its own), documents that share a beginning could fail to see it (an attention that does not know of
+it), and the head could be run without the family's convention. All are tried here on a few random tokens
+against the model's own forward; what differs is not used, and one line says so.
 """
 
 from __future__ import annotations
@@ -24,15 +25,20 @@ log = logging.getLogger("luthier")
 # Largest difference allowed between two ways of computing the same logits, relative to the logits' spread.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _LENGTHS = (9, 21, 5)
+# A forest of three documents, 8 + 7 + 9, 8 + 7 + 4 and 8 + 11 tokens: the 8 are shared by all, the 7 by two.
+_SEGMENTS, _PARENTS = (8, 7, 9, 4, 11), (-1, 0, 1, 1, 0)
+_PATHS = ((0, 1, 2), (0, 1, 3), (0, 4))
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What was seen: may documents share a pass, may the head be run here, and why not."""
+    """What was seen: may documents share a pass, may the head be run here, and why not; may documents of a pass
+    share what they begin with, and why not."""
 
     flat: bool
     own_head: bool
     why: str = ""
+    why_not_shared: str = ""
 
 
 def build_policy(model: PreTrainedModel, dropout: DropoutState | None, sequence_len: int) -> Policy:
@@ -42,7 +48,9 @@ def build_policy(model: PreTrainedModel, dropout: DropoutState | None, sequence_
         log.info("documents run one per pass on this model: %s", proof.why)
     if not proof.own_head:
         log.info("the model's own forward gives the logits: its head has a convention that is not known here")
-    return Policy(model, dropout, flat=proof.flat, own_head=proof.own_head)
+    policy = Policy(model, dropout, flat=proof.flat, own_head=proof.own_head)
+    policy.why_not_shared = proof.why_not_shared
+    return policy
 
 
 @torch.no_grad()
@@ -63,8 +71,12 @@ def prove(model: PreTrainedModel, sequence_len: int) -> Proof:
         ]
         own_head = all(_same(alone.logits(h), e, h.dtype) for h, e in zip(hidden, expected, strict=True))
         why = _why_not_flat(model, sequence_len) or _try_flat(model, documents, hidden)
+        flat = own_head and not why
         return Proof(
-            flat=own_head and not why, own_head=own_head, why=why or "its head must be run by itself"
+            flat=flat,
+            own_head=own_head,
+            why=why or "its head must be run by itself",
+            why_not_shared=_try_shared(model, generator) if flat else "documents run one per pass",
         )
     finally:
         model.train(was_training)
@@ -100,6 +112,30 @@ def _try_flat(model: PreTrainedModel, documents: list[torch.Tensor], expected: l
             return (
                 f"{type(model).__name__} lets documents of one pass see each other "
                 f"(hidden states differ by {worst:.1e})"
+            )
+    return ""
+
+
+def _try_shared(model: PreTrainedModel, generator: torch.Generator) -> str:
+    """Empty if documents that share beginnings come out as they do alone, else what was seen."""
+    if model.config._attn_implementation != attention.NAME:
+        return f"attn_implementation {model.config._attn_implementation!r} knows whole documents only"
+    embeddings = embeddings_of(model).weight
+    device, vocabulary = embeddings.device, int(embeddings.shape[0])
+    segments = [torch.randint(vocabulary, (n,), generator=generator).to(device) for n in _SEGMENTS]
+    starts = {place: sum(_SEGMENTS[i] for i in path[:n]) for path in _PATHS for n, place in enumerate(path)}
+    positions = torch.cat(
+        [torch.arange(starts[i], starts[i] + n, device=device) for i, n in enumerate(_SEGMENTS)]
+    )
+    policy = Policy(model, flat=True)
+    cu_seqlens = _cu(list(_SEGMENTS), device)
+    found = policy.hidden(torch.cat(segments), positions, _SEGMENTS, cu_seqlens, _PARENTS).split(_SEGMENTS)
+    for path in _PATHS:
+        ids = torch.cat([segments[i] for i in path])
+        alone = policy.hidden(ids, torch.arange(len(ids), device=device), [len(ids)], _cu([len(ids)], device))
+        if not _same(torch.cat([found[i] for i in path]), alone, alone.dtype):
+            return (
+                f"in {type(model).__name__} documents with a common beginning come out otherwise than alone"
             )
     return ""
 

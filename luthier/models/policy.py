@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from luthier.kernels.linear_ce import linear_logps, transform_logits
+from luthier.kernels.linear_ce import head_logps, linear_logps, transform_logits
 from luthier.models.attention import flat_pass
 from luthier.models.load import decoder_of, text_config_of
 from luthier.models.lora import DropoutState
@@ -26,8 +26,11 @@ class FlatBatch(Protocol):
     Attributes:
         input_ids, position_ids: (T,) int64; positions begin at 0 in every document.
         lengths: tokens of each document, adding up to T. cu_seqlens: (D + 1,) int32, their running sum from 0.
+        parents: -1 for each document. Where documents share beginnings, D counts segments, and a segment goes
+            on from that of the index `parents` gives: in its positions, and it attends to all its ancestors.
         seeds: one integer per document, for dropout.
-        position_N: (N,) int64, the token whose hidden state predicts the label. target_N: (N,) int64.
+        position_N: (N,) int64, the token whose hidden state predicts the label. target_N: (N,) int64; several
+            of one position where documents part.
         weight_N: (N,) fp32, loss weights.
     """
 
@@ -39,6 +42,8 @@ class FlatBatch(Protocol):
     def cu_seqlens(self) -> torch.Tensor: ...
     @property
     def lengths(self) -> Sequence[int]: ...
+    @property
+    def parents(self) -> Sequence[int]: ...
     @property
     def seeds(self) -> Sequence[int]: ...
     @property
@@ -77,6 +82,12 @@ class Policy(nn.Module):
             document of a batch runs on its own, with the model's own attention.
         own_head: whether the head may be run here, on chunks of the labelled positions; otherwise the model's
             own forward gives their logits (families with a convention that is not known here).
+        weighted_sum: the loss is a multiple of the labels' weighted log-probs (supervised fine-tuning), so that a
+            trained head's gradient may be formed in the forward pass.
+
+    Attributes:
+        rows_in_last_layer: the model's last layer takes `label_rows` and computes those only (`models.fuse`).
+        why_not_shared: why batches may not have parents here; empty if they may.
     """
 
     def __init__(
@@ -86,28 +97,46 @@ class Policy(nn.Module):
         *,
         flat: bool = True,
         own_head: bool = True,
+        weighted_sum: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
         self.dropout = dropout or DropoutState()
         self.flat = flat
         self.own_head = own_head
+        self.weighted_sum = weighted_sum
+        self.rows_in_last_layer = False
         self.convention = HeadConvention.of(model)
+        self.why_not_shared = "" if flat and own_head else "documents run one per pass"
 
     def forward(self, batch: FlatBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs (N,) in fp32 and whether each label was the first choice (N,), in the batch's order."""
         self.dropout.lengths, self.dropout.seeds = batch.lengths, batch.seeds
         if not self.own_head:
             return self._logps_by_model(batch)
-        hidden_TD = self.hidden(batch.input_ids, batch.position_ids, batch.lengths, batch.cu_seqlens)
+        hidden_ND = self.hidden(
+            batch.input_ids,
+            batch.position_ids,
+            batch.lengths,
+            batch.cu_seqlens,
+            batch.parents,
+            rows=batch.position_N,
+        )
         head = self.model.get_output_embeddings()
+        scale, softcap = self.convention.scale, self.convention.softcap
+        if type(head) is not nn.Linear:  # a head with an adapter, or in a format of its own
+            vocabulary = head.weight.shape[0]
+            return head_logps(
+                hidden_ND, batch.target_N, head, vocabulary=vocabulary, scale=scale, softcap=softcap
+            )
         return linear_logps(
-            hidden_TD.index_select(0, batch.position_N),
+            hidden_ND,
             batch.target_N,
-            head,
-            vocabulary=head.weight.shape[0],
-            scale=self.convention.scale,
-            softcap=self.convention.softcap,
+            head.weight,
+            head.bias,
+            scale=scale,
+            softcap=softcap,
+            loss_weight_N=batch.weight_N if self.weighted_sum else None,
         )
 
     def hidden(
@@ -116,28 +145,37 @@ class Policy(nn.Module):
         position_ids: torch.Tensor,
         lengths: Sequence[int],
         cu_seqlens: torch.Tensor,
+        parents: Sequence[int] = (),
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Last hidden states (T, D) of a flat run of documents."""
+        """Last hidden states (T, D) of a flat run of documents, or of segments that have parents; with `rows`
+        (N,) of those tokens only, (N, D).
+        """
         decoder = decoder_of(self.model)
         if not self.flat:
             documents = input_ids.split(list(lengths))
-            return torch.cat(
+            hidden_TD = torch.cat(
                 [decoder(input_ids=ids[None], use_cache=False).last_hidden_state[0] for ids in documents]
             )
+            return hidden_TD if rows is None else hidden_TD.index_select(0, rows)
         longest = max(lengths)
+        last = {"label_rows": rows} if self.rows_in_last_layer and rows is not None else {}
         with flat_pass():
             # The names are those that transformers gives flat batches for flash attention; `document_lengths` is
             # the same on the host, where per-document slices are cut.
-            return decoder(
+            hidden_TD = decoder(
                 input_ids=input_ids[None],
                 position_ids=position_ids[None],
                 use_cache=False,
                 document_lengths=tuple(lengths),
+                document_parents=tuple(parents),
                 cu_seq_lens_q=cu_seqlens,
                 cu_seq_lens_k=cu_seqlens,
                 max_length_q=longest,
                 max_length_k=longest,
+                **last,
             ).last_hidden_state[0]
+        return hidden_TD if rows is None or last else hidden_TD.index_select(0, rows)
 
     def _logps_by_model(self, batch: FlatBatch) -> tuple[torch.Tensor, torch.Tensor]:
         pieces = []

@@ -104,6 +104,15 @@ class StepLoader:
             seeds = [((self.seed * 1_000_003 + step.epoch) * 1_000_003 + row) % 2**40 for row in rows]
             yield make_batch(self.dataset, rows, seeds, device, share=self.share)
 
+    def saving(self, steps: int = 16) -> float:
+        """Share of the first steps' tokens that are not computed, since another document of the pass has them."""
+        tokens = computed = 0
+        for index in range(min(steps, self.steps_per_epoch) if self.share else 0):
+            step = self.step(index)
+            tokens += step.tokens
+            computed += sum(len(batch.input_ids) for batch in self.batches(step, torch.device("cpu")))
+        return 1 - computed / tokens if tokens else 0.0
+
     def locations(self, step: Step) -> list[str]:
         """Where the rows of a step are, as file:line."""
         return [self.dataset.location(row) for row in step.rows]

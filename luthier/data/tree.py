@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -111,7 +112,7 @@ def sorted_by_beginning(documents: Sequence[npt.NDArray[np.integer]]) -> tuple[l
     keys = [np.asarray(document).astype(">i4").tobytes() for document in documents]
     order = sorted(range(len(documents)), key=keys.__getitem__)
     common = [0]
-    for one, other in zip(order, order[1:], strict=False):
+    for one, other in pairwise(order):
         n = min(len(documents[one]), len(documents[other]))
         differ = np.flatnonzero(documents[one][:n] != documents[other][:n])
         shared = int(differ[0]) if len(differ) else n

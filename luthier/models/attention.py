@@ -251,7 +251,7 @@ def _try_varlen(kind: _Kind) -> bool:
             out = attend_branches(
                 *inputs, layout, window=window, scaling=kind.scaling, softcap=None, sinks=None
             )
-        return [out, *torch.autograd.grad((out * out).sum(), inputs)]
+        return [out.detach(), *torch.autograd.grad((out * out).sum(), inputs)]
 
     try:
         with torch.enable_grad():

@@ -6,6 +6,7 @@ The backbone gives hidden states; the head sees the labelled positions only.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,7 +18,9 @@ from transformers import PreTrainedModel
 from luthier.kernels.linear_ce import head_logps, linear_logps, transform_logits
 from luthier.models.attention import flat_pass
 from luthier.models.load import decoder_of, text_config_of
-from luthier.models.lora import DropoutState
+from luthier.models.lora import DropoutState, lora_layers
+
+log = logging.getLogger("luthier")
 
 
 class FlatBatch(Protocol):
@@ -108,6 +111,15 @@ class Policy(nn.Module):
         self.rows_in_last_layer = False
         self.convention = HeadConvention.of(model)
         self.why_not_shared = "" if flat and own_head else "documents run one per pass"
+
+    def may_share(self) -> bool:
+        """Whether documents of a batch may share what they begin with; says why not."""
+        why_not = self.why_not_shared
+        if any(layer.dropout for layer in lora_layers(self.model).values()):
+            why_not = "lora_dropout is drawn for each document"
+        if why_not:
+            log.info("documents share no prefixes: %s", why_not)
+        return not why_not
 
     def forward(self, batch: FlatBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs (N,) in fp32 and whether each label was the first choice (N,), in the batch's order."""

@@ -1,0 +1,74 @@
+"""TRL + PEFT: as its users run it (`default`), and with what makes it fastest here (`tuned`).
+
+`default` sets the recipe and nothing else, so gradient checkpointing stays on, as SFTConfig has it. Only bf16,
+also its default, is off: a CPU without bf16 units would not come to an end.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.peers.common import Clock, Job, job_of_command_line, watch_trainer
+
+
+def dataset_of(job: Job) -> Any:
+    """Rows in TRL's own forms: text for the loss over everything, prompt and completion for answers only."""
+    from datasets import Dataset
+
+    rows = job.read_rows()
+    if job.whole:
+        return Dataset.from_list([{"text": row["text"]} for row in rows])
+    return Dataset.from_list([{"prompt": row["prompt"], "completion": row["output"]} for row in rows])
+
+
+def settings_of(job: Job) -> dict[str, Any]:
+    """The recipe, for SFTConfig."""
+    return {
+        "output_dir": job.scratch,
+        "per_device_train_batch_size": job.micro_batch_size,
+        "gradient_accumulation_steps": job.gradient_accumulation_steps,
+        "max_length": job.sequence_len,
+        "max_steps": job.steps,
+        "learning_rate": job.learning_rate,
+        "lr_scheduler_type": "constant",
+        "seed": job.seed,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "bf16": False,
+        "use_cpu": True,
+        "train_sampling_strategy": "sequential",
+    }
+
+
+# Without packing TRL leaves the length to whoever wants no padding; all rows fit.
+TUNED: dict[str, Any] = {"gradient_checkpointing": False, "padding_free": True, "max_length": None}
+
+
+def main() -> None:
+    job = job_of_command_line()
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    settings = settings_of(job)
+    if job.variant == "tuned":
+        settings |= TUNED | {"model_init_kwargs": {"attn_implementation": "sdpa"}}
+    lora = LoraConfig(
+        r=job.lora_r,
+        lora_alpha=job.lora_alpha,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    trainer = SFTTrainer(
+        model=job.model, args=SFTConfig(**settings), train_dataset=dataset_of(job), peft_config=lora
+    )
+    clock = Clock()
+    watch_trainer(trainer, clock)
+    trainer.train()
+    clock.report(job, ["trl", "peft", "torch", "transformers", "accelerate", "datasets"])
+
+
+if __name__ == "__main__":
+    main()

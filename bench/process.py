@@ -1,0 +1,91 @@
+"""Runs a contender in a process of its own: its environment's Python, nobody's caches, a log.
+
+Every run starts cold: caches of data sets, of compiled code and of Luthier's proofs are in the run's own
+folder. What is measured from outside, because it is the same for everybody: the moment of the start, the time
+until the process is gone, and the most memory that it, or any process that it waited for, held. Keep this
+process small: Linux counts the parent's size as the child's until the child's own program is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.environments import ROOT
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A process that ended: its exit status, start (seconds since the epoch), length and peak memory."""
+
+    status: int
+    started: float
+    seconds: float
+    peak_memory_gib: float
+
+
+def environment(scratch: Path, extra: dict[str, str]) -> dict[str, str]:
+    """What a contender's process sees. Threads for every core, and waiting ones sleep: spinning threads cost
+    some contenders tenfold as soon as anything else runs."""
+    cores = str(os.cpu_count() or 1)
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONHOME"}
+    return inherited | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_WAIT_POLICY": "passive",
+        "OMP_NUM_THREADS": cores,
+        "MKL_NUM_THREADS": cores,
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(scratch / "huggingface"),
+        "LUTHIER_CACHE": str(scratch / "luthier"),
+        "XDG_CACHE_HOME": str(scratch / "cache"),
+        "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
+        "TRITON_CACHE_DIR": str(scratch / "triton"),
+        "TOKENIZERS_PARALLELISM": "true",
+        "WANDB_DISABLED": "true",
+        "DO_NOT_TRACK": "1",
+        **extra,
+    }
+
+
+def run(
+    python: str,
+    module: str,
+    arguments: list[str],
+    *,
+    scratch: Path,
+    log: Path,
+    extra: dict[str, str] | None = None,
+) -> Finished:
+    """Run `python -m module arguments` in `scratch` to its end."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    with log.open("w", encoding="utf-8") as output:
+        started = time.time()
+        child = subprocess.Popen(
+            [python, "-m", module, *arguments],
+            cwd=scratch,
+            env=environment(scratch, extra or {}),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            _, status, usage = os.wait4(child.pid, 0)
+        except BaseException:
+            child.kill()
+            child.wait()
+            raise
+        seconds = time.time() - started
+    child.returncode = os.waitstatus_to_exitcode(status)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return Finished(child.returncode, started, seconds, usage.ru_maxrss * unit / 2**30)
+
+
+def tail(log: Path, lines: int = 4) -> str:
+    """The end of a log, for a message."""
+    text = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return " / ".join(line.strip() for line in text[-lines:])

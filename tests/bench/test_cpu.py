@@ -1,0 +1,246 @@
+"""The benchmark's own figures, rows and tables; and one short run of Luthier through all of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import cpu, machine, process, rows, table
+from bench.contenders import CONTENDERS
+from bench.environments import ENVIRONMENTS, ROOT, SetupError, interpreter, set_up
+from bench.figures import figures, loss_difference, speed
+from bench.peers.common import Clock, Job, real_tokens
+from bench.shapes import SHAPES
+
+
+def run_of(seconds: float, *, losses: list[float] | None = None, tokens: int = 100) -> dict[str, Any]:
+    """Three steps of which the first is slow."""
+    losses = losses or [3.0, 2.0, 1.0]
+    steps = [{"tokens": tokens, "seconds": seconds, "loss": loss} for loss in losses]
+    steps[0]["seconds"] = 50.0
+    return {
+        "steps": steps,
+        "versions": {"it": "1.2", "torch": "2"},
+        "note": "",
+        "process_memory_gib": 1.5,
+        "seconds_to_first_step": 9.0,
+    }
+
+
+def result_of(rounds: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
+    """A result as the benchmark writes it."""
+    return {
+        "shape": "tiny",
+        "loss": "whole",
+        "date": "2026-01-02T03:04+00:00",
+        "commit": "abc",
+        "command": "python -m bench.cpu",
+        "hardware": {"cpu": "A CPU", "cores": 2, "memory_gib": 8.0},
+        "multiplied_parameters": 1_000_000,
+        "rows": {"source": "generated", "count": 24, "tokens": 300},
+        "recipe": {"steps": 3, "warmup_steps": 1},
+        "rounds_asked": len(rounds),
+        "ended_early": False,
+        "failures": {},
+        "rounds": [{"peak": {"gflops": 8.0}, "runs": runs} for runs in rounds],
+    } | changes
+
+
+def test_speed_leaves_out_the_warm_up() -> None:
+    assert speed(run_of(0.5), 1) == pytest.approx(200)
+    assert speed(run_of(0.5), 0) == pytest.approx(300 / 51)
+    with pytest.raises(ValueError, match="nothing is left"):
+        speed(run_of(0.5), 3)
+
+
+def test_ratios_are_taken_within_rounds() -> None:
+    """The second round ran on a busy machine: speeds fall, the ratio of neighbours does not."""
+    rounds = [
+        {"luthier": run_of(0.1), "trl": run_of(0.2)},
+        {"luthier": run_of(1.0), "trl": run_of(2.0)},
+        {"luthier": run_of(0.1), "trl": run_of(0.3)},
+    ]
+    ours, theirs = figures(result_of(rounds))
+    assert (ours.name, theirs.name) == ("luthier", "trl")
+    assert ours.ratio == pytest.approx(1.0) and theirs.ratio == pytest.approx(2.0)
+    assert (theirs.slowest, theirs.speed, theirs.fastest) == pytest.approx((50, 1000 / 3, 500))
+    # 4 x 1e6 parameters x 1000 tokens/s of 8e9.
+    assert ours.share == pytest.approx(0.5)
+
+
+def test_a_contender_that_failed_in_a_later_round_keeps_its_rounds() -> None:
+    rounds = [{"luthier": run_of(0.1), "trl": run_of(0.2)}, {"luthier": run_of(0.5)}]
+    ours, theirs = figures(result_of(rounds))
+    assert theirs.ratio == pytest.approx(2.0)
+    assert (ours.slowest, ours.fastest) == pytest.approx((200, 1000))
+
+
+def test_losses_are_compared_only_where_the_steps_have_the_same_tokens() -> None:
+    ours = run_of(1, losses=[3.0, 2.0, 1.0])
+    assert loss_difference(ours, run_of(1, losses=[3.0, 2.5, 1.1])) == pytest.approx(0.5)
+    assert loss_difference(ours, run_of(1, tokens=99)) is None
+    line = figures(result_of([{"luthier": ours, "trl": run_of(1, tokens=99)}]))[1]
+    assert table.cells(line)[-1] == "other batches"
+
+
+def test_tables_hold_every_line_and_note() -> None:
+    rounds = [{"luthier": run_of(0.1), "trl": run_of(0.2) | {"note": "a note"}}]
+    result = result_of(rounds, failures={"unsloth": "status 1: it fell"})
+    for text in (table.as_text(result), table.as_markdown(result)):
+        assert "2.00x" in text and "1,000 (1,000-1,000)" in text and "50%" in text
+        assert "trl: a note" in text and "unsloth failed: status 1: it fell" in text
+    text_lines = table.as_markdown(result).splitlines()
+    assert len({line.count("|") for line in text_lines if line.startswith("|")}) == 1
+
+
+def test_the_page_shows_the_newest_result_of_each_kind() -> None:
+    old = result_of([{"luthier": run_of(0.1)}], commit="old")
+    new = result_of([{"luthier": run_of(0.1)}], commit="new", date="2026-01-03T00:00+00:00")
+    other = result_of([{"luthier": run_of(0.1)}], commit="other", loss="answers")
+    shown = table.page([new, old, other])
+    assert "commit new" in shown and "commit other" in shown and "commit old" not in shown
+
+
+def test_the_page_in_the_docs_is_made_from_the_results() -> None:
+    assert table.PAGE.read_text(encoding="utf-8") == table.page(table.load()), "run `python -m bench.table`"
+
+
+def test_results_name_no_place_of_the_machine_that_made_them() -> None:
+    for path in (ROOT / "bench" / "results").glob("*.json"):
+        text = path.read_text(encoding="utf-8")
+        assert str(Path.home()) not in text and str(ROOT) not in text and "/home/" not in text, path.name
+    assert (
+        machine.without_places(f"{ROOT}/luthier/x.py and /tmp/w/y", Path("/tmp/w"))
+        == ".../luthier/x.py and .../y"
+    )
+
+
+def test_rows_are_whole_texts_and_the_same_every_time() -> None:
+    first = list(islice(rows.generated(), 300))
+    assert first == list(islice(rows.generated(), 300))
+    assert 0.3 < sum(bool(row["input"]) for row in first) / 300 < 0.5
+    row = rows.rendered({"instruction": "Do it.", "input": "with this", "output": "Done."})
+    assert row["text"] == row["prompt"] + "Done." and row["prompt"].endswith("### Response:\n")
+    assert "### Input:\nwith this\n" in row["prompt"]
+    assert "### Input" not in rows.rendered({"instruction": "Do it.", "input": "", "output": "x"})["prompt"]
+
+
+def test_rows_that_do_not_fit_are_left_out() -> None:
+    texts = [rows.rendered({"instruction": "I", "input": "", "output": "x" * n}) for n in (5, 500, 6)]
+    assert rows.fitting(iter(texts), 2, len, 300) == [texts[0], texts[2]]
+    with pytest.raises(ValueError, match="only 2 rows"):
+        rows.fitting(iter(texts), 3, len, 300)
+
+
+def test_multiplied_parameters_are_those_of_the_model() -> None:
+    torch = pytest.importorskip("torch")
+    from dataclasses import asdict
+
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for shape in SHAPES.values():
+        values = asdict(shape)
+        config = AutoConfig.for_model(values.pop("family"), **values)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        matrices = [
+            m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m.bias is None
+        ]
+        assert sum(matrices) == shape.multiplied_parameters()
+
+
+def test_the_clock_counts_everything_between_two_ends(tmp_path: Path) -> None:
+    clock = Clock(began=10.0)
+    clock.tokens += 7
+    clock.end(at=12.0)
+    clock.end(tokens=5, at=15.0)
+    clock.loss(2, 1.25)
+    job = Job(model="m", rows="r", scratch="s", result=str(tmp_path / "result.json"), steps=2)
+    clock.report(job, ["torch"])
+    steps = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))["steps"]
+    assert steps == [
+        {"tokens": 7, "seconds": 2.0, "loss": None},
+        {"tokens": 5, "seconds": 3.0, "loss": 1.25},
+    ]
+
+
+def test_padding_is_not_counted() -> None:
+    torch = pytest.importorskip("torch")
+    padded = {
+        "input_ids": torch.ones(2, 4, dtype=torch.long),
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]]),
+    }
+    assert real_tokens(padded) == 5
+    assert real_tokens({"input_ids": torch.ones(1, 9)}) == 9
+
+
+def test_every_contender_has_an_environment_and_a_script() -> None:
+    for contender in CONTENDERS.values():
+        assert contender.environment in ENVIRONMENTS
+        assert (ROOT / "bench" / "peers" / f"{contender.module}.py").is_file()
+
+
+def test_a_setup_that_fails_says_where_its_log_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.environments.sys.executable", sys.executable + "-that-is-not-there")
+    with pytest.raises((SetupError, OSError)):
+        set_up(tmp_path, "trl")
+    assert not interpreter(tmp_path, "trl").exists()
+
+
+def test_the_command_line_refuses_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
+    for given, said in (
+        (["--only", "trl,nobody"], "nobody"),
+        (["--setup", "nothing"], "nothing"),
+        (["--steps", "2"], "nothing is left"),
+    ):
+        with pytest.raises(SystemExit):
+            cpu.arguments(given)
+        assert said in capsys.readouterr().err
+
+
+def test_memory_and_status_of_a_process_are_seen_from_outside(tmp_path: Path) -> None:
+    (tmp_path / "hungry.py").write_text(
+        "held = bytearray(200 << 20); raise SystemExit(3)\n", encoding="utf-8"
+    )
+    done = process.run(sys.executable, "hungry", [], scratch=tmp_path, log=tmp_path / "log")
+    assert done.status == 3 and 0.19 < done.peak_memory_gib
+    assert process.tail(tmp_path / "log") == ""
+
+
+def test_a_whole_run_writes_a_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Luthier alone at a shape that is nothing, with generated rows; what is skipped is named."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    given = [
+        "--shape",
+        "micro",
+        "--steps",
+        "2",
+        "--warmup-steps",
+        "1",
+        "--rounds",
+        "1",
+        "--only",
+        "luthier,trl",
+    ]
+    assert cpu.main([*given, "--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]) == 0
+    said = capsys.readouterr().out
+    assert "skipped: trl" in said
+    [path] = (tmp_path / "results").glob("cpu-micro-whole-*.json")
+    text = path.read_text(encoding="utf-8")
+    assert str(tmp_path) not in text
+    result = json.loads(text)
+    run = result["rounds"][0]["runs"]["luthier"]
+    assert [step["tokens"] > 100 and step["seconds"] > 0 for step in run["steps"]] == [True, True]
+    assert sum(step["tokens"] for step in run["steps"]) == result["rows"]["tokens"]
+    assert 0 < run["seconds_to_begin_of_first_step"] < run["seconds_to_first_step"] < run["process_seconds"]
+    [line] = figures(result)
+    assert line.name == "luthier" and line.ratio == 1.0 and 0 < (line.share or 0) < 1
+    assert table.as_text(result).splitlines()[2].startswith("contender")

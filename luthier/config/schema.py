@@ -76,6 +76,9 @@ class PrecisionConfig(Section):
     """Let fp32 matrix multiplies use TF32 on NVIDIA cards. `auto`: where the card has it."""
     gradient_checkpointing: bool = False
     """Keep less for the backward pass and compute it again: less memory, about a third more work."""
+    kernels: Literal["auto", "reference"] = "auto"
+    """`auto` replaces norms, MLPs, attention and layers by fused ones, each proven on this very model before the
+    first step; `reference` leaves them as transformers has them."""
     deterministic: bool = False
     """Use only operations that give the same bits each time; on CUDA a resumed run is exact with it, and
     slower."""
@@ -159,9 +162,13 @@ class TrainingConfig(Section):
     """Adam's term against division by zero."""
     seed: Annotated[int, Field(ge=0)] = 42
     """Seed of everything random: data order, adapter, dropout."""
-    max_tokens_per_pass: Annotated[int | None, Field(ge=1)] = None
+    max_tokens_per_pass: Count | Literal["auto"] = "auto"
     """Most tokens in one forward pass; a step is cut into as few passes as fit, which does not change its
-    result. Default: `micro_batch_size` x `sequence_len`."""
+    result. `auto`: what memory has room for, at most a whole step and on a CPU no more than is fastest. Out of
+    memory, a run goes on with half."""
+    share_prefixes: Literal["auto", "off"] = "auto"
+    """What documents of one forward pass begin with alike (a template, a question) is computed once, which does
+    not change the result. `auto`: where the model allows it, and no dropout tells the documents apart."""
 
 
 class OutputConfig(Section):

@@ -56,14 +56,17 @@ class State:
 
     Attributes:
         step: optimizer steps done. documents: examples consumed by the whole job, over all epochs.
+        tokens: of the examples. computed_tokens: fewer, where examples of a pass share what they begin with.
         seconds: spent in training steps, over all starts of the run.
         window: since the last logged row. between: since the last evaluation.
         evaluations: (step, eval loss, mean train loss since the evaluation before it), in order.
+        tokens_per_pass: most tokens in a forward pass. tokens_asked: what the config said of it then.
     """
 
     step: int = 0
     documents: int = 0
     tokens: int = 0
+    computed_tokens: int = 0
     trained_tokens: int = 0
     seconds: float = 0.0
     window: Window = field(default_factory=Window)
@@ -73,10 +76,12 @@ class State:
     best_step: int | None = None
     evaluations_since_best: int = 0
     loss_scale: dict[str, Any] = field(default_factory=dict)
+    tokens_per_pass: int = 0
+    tokens_asked: int | str | None = None
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> State:
-        known = {name: values[name] for name in (f.name for f in fields(cls))}
+        known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
         return cls(**{**known, "window": Window(**values["window"]), "between": Window(**values["between"])})
 
 

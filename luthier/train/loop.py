@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -26,6 +27,8 @@ class Step(Protocol):
     @property
     def rows(self) -> Sequence[int]: ...
     @property
+    def passes(self) -> Sequence[Sequence[int]]: ...
+    @property
     def tokens(self) -> int: ...
     @property
     def trained_tokens(self) -> int: ...
@@ -35,6 +38,7 @@ class Loader(Protocol):
     """Steps by number, and the passes of a step on a device; see `data.loader.StepLoader`."""
 
     steps_per_epoch: int
+    tokens_per_pass: int
 
     def step(self, index: int) -> Any: ...
     def batches(self, step: Any, device: torch.device) -> Iterable[Any]: ...
@@ -48,6 +52,22 @@ class Masters(Protocol):
 
     def zero_grad(self) -> None: ...
     def publish(self) -> None: ...
+
+
+class OutOfMemory(RunError):
+    """A pass that memory does not hold. In a single process, one of several documents is a reason to go on with
+    smaller passes (`_gradients`); this ends the run where that cannot help."""
+
+    def __init__(self, step: int, documents: int, tokens: int) -> None:
+        self.documents, self.tokens = documents, tokens
+        cure = (
+            "it is one document, so that no cut helps; gradient_checkpointing: true keeps less for the backward "
+            "pass, a shorter sequence_len takes out what is as long, and a smaller lora_r or a 16-bit model needs "
+            "less"
+            if documents == 1
+            else f"go on with max_tokens_per_pass: {tokens // 2} and --resume_from_checkpoint auto"
+        )
+        super().__init__(f"out of memory at step {step} in a pass of {tokens} tokens: {cure}")
 
 
 # (log-probs, weights, the step's total weight) -> the pass's share of the loss
@@ -100,26 +120,17 @@ def fit(
     while state.step < plan.total_steps and not _patience_is_over(state, plan):
         began = time.perf_counter()
 
-        # 1. The whole step is known first, so that every pass has the step's denominator.
-        step = loader.step(state.step)
+        # 1. Forward and backward of the whole step, in passes that memory holds.
+        step, loss, correct, computed = _gradients(
+            policy, objective, loader, masters, scaler=scaler, state=state, recorder=recorder, device=device
+        )
+        step_loss = float(loss)
+
+        # 2. Clip, step, and copy the masters into the 16-bit parameters. With fp16 an overflow is ordinary: the
+        #    scaler skips that step and lowers the scale.
         rate = learning_rate(state.step)
         for group in optimizer.param_groups:
             group["lr"] = rate
-
-        # 2. Forward and backward, pass by pass; the partial losses add up to the step's loss.
-        policy.train()
-        masters.zero_grad()
-        loss, correct = torch.zeros((), device=device), torch.zeros((), device=device, dtype=torch.int64)
-        for batch in loader.batches(step, device):
-            logps, hits = policy(batch)
-            partial = objective(logps, batch.weight_N, float(max(1, step.trained_tokens)))
-            scaler.scale(partial).backward()
-            loss += partial.detach()
-            correct += hits.sum()
-        step_loss = float(loss)
-
-        # 3. Clip, step, and copy the masters into the 16-bit parameters. With fp16 an overflow is ordinary: the
-        #    scaler skips that step and lowers the scale.
         scaler.unscale_(optimizer)
         norm = float(clip(masters))
         if not math.isfinite(step_loss) or not (math.isfinite(norm) or scaler.is_enabled()):
@@ -138,10 +149,11 @@ def fit(
                 f"step {state.step + 1} is skipped: fp16 overflowed; loss scale now {scaler.get_scale():g}"
             )
 
-        # 4. Account for it.
+        # 3. Account for it.
         state.step += 1
         state.documents += len(step.rows)
         state.tokens += step.tokens
+        state.computed_tokens += computed
         state.trained_tokens += step.trained_tokens
         state.loss_scale = scaler.state_dict()
         seconds = time.perf_counter() - began
@@ -150,7 +162,7 @@ def fit(
             _add(window, step_loss, int(correct), step, seconds)
         recorder.advance(state.step)
 
-        # 5. Log, evaluate, save.
+        # 4. Log, evaluate, save.
         last = state.step == plan.total_steps
         if plan.log(state.step) or last:
             recorder.row(_row(state, plan, loader, rate, norm, peak_memory()))
@@ -164,7 +176,7 @@ def fit(
         if plan.save(state.step) or last or stopping or (improved and plan.save_best):
             checkpoints.save(state, masters.masters, optimizer)
 
-        # 6. End early: asked to, or no longer improving.
+        # 5. End early: asked to, or no longer improving.
         if stopping:
             break
         if _patience_is_over(state, plan):
@@ -175,6 +187,80 @@ def fit(
             )
             break
     return state
+
+
+def _gradients(
+    policy: nn.Module,
+    objective: Objective,
+    loader: Loader,
+    masters: Masters,
+    *,
+    scaler: torch.amp.GradScaler,
+    state: State,
+    recorder: Recorder,
+    device: torch.device,
+) -> tuple[Step, torch.Tensor, torch.Tensor, int]:
+    """The gradients of the next step, in the masters; returns the step, its loss and its hits, both on the
+    device, and the tokens that were computed.
+
+    Out of memory, the step is cut anew into passes half as large and repeated from its first, and so are the
+    steps after it, here and in a run that resumes.
+    """
+    while True:
+        # The whole step is known first, so that every pass has the step's denominator.
+        step: Step = loader.step(state.step)
+        policy.train()
+        masters.zero_grad()
+        try:
+            return step, *_run_passes(policy, objective, loader, step, scaler, state.step + 1, device)
+        except OutOfMemory as error:
+            if error.documents == 1:
+                raise
+            before, smaller = loader.tokens_per_pass, min(loader.tokens_per_pass, error.tokens) // 2
+        # Outside of the except block: while there is a traceback, its frames hold the pass's activations.
+        masters.zero_grad()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        loader.tokens_per_pass = state.tokens_per_pass = smaller
+        recorder.say(
+            f"out of memory at step {state.step + 1} with passes of up to {before} tokens: going on with {smaller}"
+        )
+
+
+def _run_passes(
+    policy: nn.Module,
+    objective: Objective,
+    loader: Loader,
+    step: Step,
+    scaler: torch.amp.GradScaler,
+    number: int,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Forward and backward, pass by pass; the partial losses add up to the step's loss."""
+    loss, correct, computed = torch.zeros((), device=device), torch.zeros((), device=device), 0
+    for documents, batch in zip(step.passes, loader.batches(step, device), strict=True):
+        try:
+            logps, hits = policy(batch)
+            partial = objective(logps, batch.weight_N, float(max(1, step.trained_tokens)))
+            scaler.scale(partial).backward()
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+            error.__traceback__ = None
+            raise OutOfMemory(number, len(documents), len(batch.input_ids)) from error
+        loss += partial.detach()
+        correct += (hits * batch.weight_N).sum()
+        computed += len(batch.input_ids)
+    return loss, correct, computed
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """CUDA has a class for it; the CPU's allocator and MPS have words only."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    words = ("can't allocate memory", "not enough memory", "MPS backend out of memory", "CUDA out of memory")
+    return isinstance(error, RuntimeError) and any(each in str(error) for each in words)
 
 
 def _patience_is_over(state: State, plan: Plan) -> bool:
@@ -201,6 +287,7 @@ def _row(state: State, plan: Plan, loader: Loader, rate: float, norm: float, pea
         "learning_rate": rate,
         "grad_norm": norm,
         "tokens": state.tokens,
+        "computed_tokens": state.computed_tokens,
         "trained_tokens": state.trained_tokens,
         "tokens_per_second": window.tokens / window.seconds,
         "seconds": state.seconds,

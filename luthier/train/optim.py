@@ -83,6 +83,8 @@ class Masters:
     def zero_grad(self) -> None:
         for master in self:
             master.grad = None
+        for parameter, _ in self._copies:  # what a pass that ended half way has left
+            parameter.grad = None
 
     @torch.no_grad()
     def publish(self) -> None:

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,7 +35,9 @@ from luthier.generate.sampling import Sampling
 from luthier.models.adapter_files import save_adapter
 from luthier.models.assemble import build_model, with_adapter_settings
 from luthier.models.device import choose_device, choose_dtype, peak_memory_gib, set_matmul_precision
+from luthier.models.fuse import fuse_policy
 from luthier.models.isolation import build_policy
+from luthier.models.memory import PROBE_TOKENS, Budget, choose_budget
 from luthier.models.policy import Policy
 from luthier.objectives.sft import sft
 from luthier.train import checkpoint
@@ -47,6 +50,7 @@ from luthier.train.intervals import build_plan
 from luthier.train.loop import fit, overfitting_since
 from luthier.train.metrics import Recorder
 from luthier.train.optim import Masters, build_optimizer, clip_gradients, schedule
+from luthier.train.resume import resume, say_changes
 from luthier.train.trackers import Trackers
 
 log = logging.getLogger("luthier")
@@ -107,9 +111,13 @@ def _train(config: Config, opened: RunFolder, trackers: Trackers, began: float) 
     # 2. The model, what of it is trained, and the steps.
     model, dropout = build_model(config, tokenizer, device, dtype)
     policy = build_policy(model, dropout, config.data.sequence_len)
+    policy.weighted_sum = True  # the objective is `sft`
+    if config.precision.kernels == "auto":
+        fuse_policy(policy)
     masters = Masters(model)
     optimizer = build_optimizer(masters, config.training)
-    loader = _loader(config, data.train, alone=not policy.flat)
+    share = config.training.share_prefixes == "auto" and policy.may_share()
+    loader = _loader(config, data.train, alone=not policy.flat, share=share)
     total_steps = config.training.max_steps or math.ceil(config.training.num_epochs * loader.steps_per_epoch)
     _say_steps(config, loader, total_steps, device, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -118,17 +126,31 @@ def _train(config: Config, opened: RunFolder, trackers: Trackers, began: float) 
     job = _job(config, data, masters, loader)
     state = State()
     if opened.resume_from is not None:
-        state = _resume(opened.resume_from, job, masters, optimizer, scaler)
-        _say_changes(folder, config)
+        state = resume(opened.resume_from, job, masters, optimizer, scaler)
+        say_changes(folder, config)
+    budget = _budget(config, state, loader, policy, masters, device)
+    log.info("%s", budget)
+    loader.tokens_per_pass = state.tokens_per_pass = budget.tokens
+    if (saved := loader.saving()) >= 0.005:
+        log.info(
+            "shared prefixes: about %.0f%% of the tokens are computed with another example's", 100 * saved
+        )
+    state.tokens_asked = config.training.max_tokens_per_pass
     opened.clear()
     write_text_atomic(folder / CONFIG, config.to_yaml())
     write_environment(
-        folder, {"data": data.report.describe(), "device": str(device), "dtype": str(dtype)[6:]}
+        folder,
+        {
+            "data": data.report.describe(),
+            "device": str(device),
+            "dtype": str(dtype)[6:],
+            "tokens_per_pass": budget.tokens,
+        },
     )
 
     write_model = partial(_write_model, model=model, masters=masters, tokenizer=tokenizer, config=config)
     checkpoints = Checkpoints(folder, write_model, limit=config.output.save_total_limit, job=job)
-    evaluate, sample = _evaluators(config, data, policy, model, tokenizer, device)
+    evaluate, sample = _evaluators(config, data, policy, loader, model, tokenizer, device)
 
     # 4. Train, to the end or to a signal, and put the result at the top of the folder.
     with (
@@ -204,6 +226,7 @@ def _finish(
         "steps": state.step,
         "kept_step": kept,
         "tokens": state.tokens,
+        "computed_tokens": state.computed_tokens,
         "trained_tokens": state.trained_tokens,
         "seconds": state.seconds,
         "examples": examples,
@@ -226,23 +249,48 @@ def _finish(
     return RunResult(folder, True, state, summary)
 
 
-def _loader(config: Config, dataset: TokenDataset, *, alone: bool) -> StepLoader:
+def _loader(config: Config, dataset: TokenDataset, *, alone: bool, share: bool) -> StepLoader:
     training, data = config.training, config.data
     rows_per_step = training.micro_batch_size * training.gradient_accumulation_steps
-    # Never more tokens at once than a padded micro batch of full rows would hold.
-    budget = training.max_tokens_per_pass or training.micro_batch_size * data.sequence_len
     loader = StepLoader(
         dataset,
         rows_per_step=rows_per_step,
-        tokens_per_pass=budget,
+        tokens_per_pass=PROBE_TOKENS,  # until the budget is known
         seed=training.seed,
         shuffle=data.shuffle,
         packed_len=data.sequence_len if data.sample_packing else None,
         alone=alone,
+        share=share,
     )
     if loader.fill is not None:
         log.info("packed into rows of %d tokens, %.1f%% full", data.sequence_len, 100 * loader.fill)
     return loader
+
+
+def _budget(
+    config: Config, state: State, loader: StepLoader, policy: Policy, masters: Masters, device: torch.device
+) -> Budget:
+    """Most tokens in a pass: as when the run began, unless the config asks for something else now."""
+    asked = config.training.max_tokens_per_pass
+    if state.tokens_per_pass and state.tokens_asked == asked:
+        return Budget(state.tokens_per_pass, "as before")
+    if isinstance(asked, int):
+        return Budget(asked, "max_tokens_per_pass")
+
+    def run_pass() -> int:
+        policy.train()
+        batch = next(loader.batches(loader.step(state.step), device))
+        policy(batch)[0].sum().backward()
+        masters.zero_grad()
+        return len(batch.input_ids)
+
+    lengths = np.sort(loader.dataset.lengths)
+    in_step = lengths[-loader.rows_per_step :].sum()
+    if config.data.sample_packing:
+        in_step = min(loader.rows_per_step * config.data.sequence_len, lengths.sum())
+    return choose_budget(
+        policy.model, device, longest=int(lengths[-1]), step_tokens=int(in_step), run_pass=run_pass
+    )
 
 
 def _say_steps(
@@ -268,6 +316,7 @@ def _evaluators(
     config: Config,
     data: PreparedData,
     policy: Policy,
+    loader: StepLoader,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
@@ -276,12 +325,20 @@ def _evaluators(
     section = config.evaluation
     evaluate = sample = None
     if data.validation is not None:
-        rows = section.eval_batch_size or config.training.micro_batch_size
-        validation, budget = data.validation, rows * config.data.sequence_len
+        validation, limit = data.validation, math.inf
+        if section.eval_batch_size is not None:
+            limit = section.eval_batch_size * config.data.sequence_len
 
         def evaluate(step: int) -> dict[str, float]:
+            # What training has room for, without its gradients.
+            budget = int(min(limit, loader.tokens_per_pass))
             return evaluate_loss(
-                policy, validation, tokens_per_pass=budget, alone=not policy.flat, device=device
+                policy,
+                validation,
+                tokens_per_pass=budget,
+                alone=not policy.flat,
+                share=loader.share,
+                device=device,
             )
 
     prompts: list[tuple[Any, ...]] = []
@@ -338,43 +395,6 @@ def _job(config: Config, data: PreparedData, masters: Masters, loader: StepLoade
         "optimizer": config.training.optimizer,
         "parameters": {name: list(master.shape) for name, master in masters.masters.items()},
     }
-
-
-def _resume(
-    path: Path,
-    job: dict[str, Any],
-    masters: Masters,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-) -> State:
-    state, before = checkpoint.read_state(path)
-    changed = [name for name in job if job[name] != before.get(name)]
-    if changed:
-        says = ", ".join(
-            f"{name} (was {before.get(name)}, is {job[name]})" if name not in ("data", "parameters") else name
-            for name in changed
-        )
-        raise RunError(f"{path}: this checkpoint belongs to another run; what differs: {says}")
-    masters.load(checkpoint.read_masters(path))
-    checkpoint.restore_optimizer(path, masters.masters, optimizer)
-    if state.loss_scale:
-        scaler.load_state_dict(state.loss_scale)
-    log.info("going on from %s", path)
-    return state
-
-
-def _say_changes(folder: Path, config: Config) -> None:
-    """Name the settings that are not those that the run began with; the checkpoint allows them."""
-    if not (folder / CONFIG).is_file():
-        return
-    before, now = Config.load(folder / CONFIG).flat(), config.flat()
-    for key in now:
-        if before[key] != now[key] and key not in (
-            "output_dir",
-            "overwrite_output_dir",
-            "resume_from_checkpoint",
-        ):
-            log.warning("%s was %s when this run began and is %s now", key, before[key], now[key])
 
 
 def _last_loss(folder: Path) -> float | None:

@@ -1,0 +1,182 @@
+"""How many tokens one forward pass may hold: what memory allows and, on a CPU, what is fastest.
+
+A pass's memory grows with its tokens, so one number bounds it. On CUDA the number is measured: one real pass
+runs and the allocator says what it took. Elsewhere it is estimated from the shapes of the linear layers, which
+costs nothing, and leaves more room for being wrong.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from luthier.models.load import decoder_of, embeddings_of, text_config_of
+
+# Tokens after which a larger pass gains nothing on a CPU: matrix multiplies are at their full speed well before,
+# and activations outgrow the caches. Figures: bench/LOG.md.
+CPU_TOKENS = 4096
+# Tokens of the pass that is measured on CUDA.
+PROBE_TOKENS = 2048
+
+# Share of the free memory that may be planned with. A measured pass leaves out fragmentation only; an estimate
+# from shapes is rough, and a computer's memory is shared with whatever else its user does.
+_SHARE_MEASURED, _SHARE_ESTIMATED = 0.85, 0.5
+# What a layer keeps for its backward beside the inputs and outputs of its linear layers (norms, activation
+# functions, attention), as a factor on those. Measured on transformers' Llama: 1.2 to 1.4.
+_BESIDE_LINEARS = 1.5
+# fp32 gradient and Adam's two moments for each trained parameter, and its gradient in 16 bits.
+_OPTIMIZER_BYTES = 14
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Most tokens in a forward pass, and where the number comes from, for the log."""
+
+    tokens: int
+    why: str
+
+    def __str__(self) -> str:
+        return f"passes of up to {self.tokens:,} tokens ({self.why})"
+
+
+def choose_budget(
+    model: PreTrainedModel,
+    device: torch.device,
+    *,
+    longest: int,
+    step_tokens: int,
+    run_pass: Callable[[], int],
+) -> Budget:
+    """The most tokens for a pass of a model that is loaded, before its optimizer has any state.
+
+    Args:
+        longest: tokens of the longest document, which a pass has to hold whatever memory says.
+        step_tokens: what the largest optimizer step needs; more would do nothing.
+        run_pass: runs one pass of about `PROBE_TOKENS`, forward and backward, leaves no trace of it, and says
+            how many tokens it had. Called on CUDA only.
+    """
+    if step_tokens <= longest:
+        return Budget(longest, "the longest document")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    free = free_memory(device) - _OPTIMIZER_BYTES * trained
+    if device.type == "cuda":
+        try:
+            per_token, how, share = _measured(device, run_pass), "measured", _SHARE_MEASURED
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return Budget(longest, "the longest document; memory has no room for a pass that tries out more")
+    else:
+        per_token, how, share = activation_bytes(model), "estimated", _SHARE_ESTIMATED
+    fits = int(max(0, free) * share / per_token) if per_token else longest
+    limits = [
+        (step_tokens, "a whole step needs no more"),
+        (fits, f"{max(0, free) / 2**30:.1f} GiB are free, {per_token / 2**20:.2f} MiB a token {how}"),
+    ]
+    if device.type == "cpu":
+        limits.append((CPU_TOKENS, "larger ones are no faster on a CPU"))
+    tokens, why = min(limits)
+    return Budget(tokens, why) if tokens > longest else Budget(longest, "the longest document")
+
+
+def activation_bytes(model: PreTrainedModel) -> int:
+    """Bytes that a decoder keeps for its backward pass, for each token, estimated from its linear layers.
+
+    With gradient checkpointing that is the input of every layer and the inside of one.
+    """
+    decoder = decoder_of(model)
+    hidden = embeddings_of(model).weight  # quantised weights have another dtype than what is computed
+    layers = [_linear_widths(layer, model) for layer in getattr(decoder, "layers", [decoder])]
+    if getattr(decoder, "gradient_checkpointing", False):
+        kept = hidden.shape[1] * len(layers) + _BESIDE_LINEARS * max(layers)
+    else:
+        kept = _BESIDE_LINEARS * sum(layers)
+    return int(kept * hidden.element_size())
+
+
+def _linear_widths(layer: nn.Module, model: PreTrainedModel) -> int:
+    """Inputs and outputs of a layer's matrix multiplies; of experts, of as many as a token meets."""
+    chosen = getattr(text_config_of(model), "num_experts_per_tok", None) or 1
+    total = sum(chosen * sum(p.shape[1:]) for p in layer.parameters() if p.dim() == 3)
+    for module in layer.modules():
+        weight = getattr(module, "weight", None)
+        if hasattr(module, "in_features"):  # a quantised weight's own shape says nothing
+            total += cast(int, module.in_features) + cast(int, module.out_features)
+        elif isinstance(weight, torch.Tensor) and weight.dim() == 2:
+            total += sum(weight.shape)
+    return total
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could still be allocated: on the device, or within the machine's and the container's limits."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return min([_machine_memory(), *_container_memory()])
+
+
+def _measured(device: torch.device, run_pass: Callable[[], int]) -> int:
+    """Bytes a token, by the allocator. What a pass takes once (a chunk of logits, workspaces) is counted in, so
+    that the figure errs on the safe side."""
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    tokens = run_pass()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) // tokens
+
+
+def _machine_memory() -> int:
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    # Elsewhere the system says only how much there is, and half of that is taken to be in use.
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _container_memory(
+    proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> list[int]:
+    """What is left under each memory limit of this process's control groups, of version 1 and 2.
+
+    Every parent may have a limit as well. Inside a container the path that the kernel names may be that of the
+    host, while the container's own group lies at the root: what is not there is passed over.
+    """
+    try:
+        lines = proc.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    left: list[int] = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, limit, usage = root, "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            base, limit, usage = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        group = base / path.lstrip("/")
+        for folder in (group, *(p for p in group.parents if p == base or base in p.parents)):
+            try:
+                allowed = (folder / limit).read_text(encoding="ascii").strip()
+                if allowed != "max":
+                    used = int((folder / usage).read_text(encoding="ascii"))
+                    left.append(int(allowed) - used + _file_cache(folder))
+            except (OSError, ValueError):
+                continue
+    return left
+
+
+def _file_cache(folder: Path) -> int:
+    """Cached files that count as used and are given up first."""
+    values = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+    return int(values.get("total_inactive_file", values.get("inactive_file", 0)))

@@ -16,16 +16,16 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from luthier.config import AdapterConfig
 from luthier.errors import ConfigError, ModelError
+from luthier.kernels.lora_linear import Linear, lora_linears
 from luthier.models.load import decoder_of
 
 log = logging.getLogger("luthier")
@@ -44,20 +44,20 @@ class DropoutState:
 
     lengths: Sequence[int] = ()
     seeds: Sequence[int] = ()
+    active: bool = False  # whether any layer drops out at all
     generators: dict[torch.device, torch.Generator] = field(default_factory=dict)
 
-    def drop(self, x_TD: torch.Tensor, p: float, layer: int) -> torch.Tensor:
-        """Inverted dropout of (1, T, D) or (T, D), document by document."""
-        if sum(self.lengths) != x_TD.shape[-2]:
-            return F.dropout(x_TD, p)  # called from outside a flat pass, e.g. by another library's trainer
-        generator = self.generators.setdefault(x_TD.device, torch.Generator(x_TD.device))
+    def keep(self, x: torch.Tensor, p: float, layer: int) -> torch.Tensor:
+        """What dropout leaves of a layer's input (..., T, D): a boolean mask (T, D), drawn document by document."""
+        rows, width = x.numel() // x.shape[-1], x.shape[-1]
+        if sum(self.lengths) != rows:  # called from outside a flat pass, e.g. by another library's trainer
+            return torch.rand(rows, width, device=x.device) >= p
+        generator = self.generators.setdefault(x.device, torch.Generator(x.device))
         masks = []
         for length, seed in zip(self.lengths, self.seeds, strict=True):
             generator.manual_seed(mix(seed, layer))
-            shape = (length, x_TD.shape[-1])
-            masks.append(torch.rand(shape, generator=generator, device=x_TD.device) >= p)
-        keep = torch.cat(masks) if len(masks) > 1 else masks[0]
-        return x_TD * keep * (1.0 / (1.0 - p))
+            masks.append(torch.rand((length, width), generator=generator, device=x.device) >= p)
+        return torch.cat(masks) if len(masks) > 1 else masks[0]
 
 
 def mix(*values: int) -> int:
@@ -102,6 +102,7 @@ class LoRALinear(nn.Module):
         self.scale = alpha / math.sqrt(r) if rslora else alpha / r
         self.state, self.layer = state, layer
         self.enabled = True
+        self._copies: tuple[Any, torch.Tensor, torch.Tensor] | None = None
         for parameter in (self.weight, self.bias):
             if parameter is not None:
                 parameter.requires_grad_(False)
@@ -113,17 +114,25 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.transposed:
-            assert self.bias is not None  # GPT-2's Conv1D always has one
-            base = torch.addmm(self.bias, x.reshape(-1, self.in_features), self.weight)
-            base = base.view(*x.shape[:-1], self.out_features)
-        else:
-            base = F.linear(x, self.weight, self.bias)
+        return lora_linears(x, [self.linear(x)])[0]
+
+    def linear(self, x: torch.Tensor) -> Linear:
+        """The layer as the kernels take it, for the input x (which only dropout looks at)."""
+        weight = self.weight.t() if self.transposed else self.weight
         if not self.enabled:
-            return base
-        dropped = self.state.drop(x, self.dropout, self.layer) if self.dropout and self.training else x
-        inner = F.linear(dropped, self.lora_A.to(x.dtype))
-        return base + F.linear(inner, self.lora_B.to(x.dtype)) * self.scale
+            return Linear(weight, self.bias)
+        keep = self.state.keep(x, self.dropout, self.layer) if self.dropout and self.training else None
+        a, b = self.in_dtype(x.dtype)
+        return Linear(weight, self.bias, self.lora_A, self.lora_B, self.scale, keep, self.dropout, a, b)
+
+    def in_dtype(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B in the compute dtype: a copy that is made once for each state of the masters."""
+        if self.lora_A.dtype == dtype:
+            return self.lora_A.detach(), self.lora_B.detach()
+        state = (self.lora_A._version, self.lora_B._version, dtype, self.lora_A.device)
+        if self._copies is None or self._copies[0] != state:
+            self._copies = (state, self.lora_A.detach().to(dtype), self.lora_B.detach().to(dtype))
+        return self._copies[1], self._copies[2]
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, r={self.r}, alpha={self.alpha:g}"
@@ -157,7 +166,7 @@ def add_lora(model: PreTrainedModel, adapter: AdapterConfig, seed: int) -> Dropo
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     names = find_targets(model, adapter)
-    state = DropoutState()
+    state = DropoutState(active=adapter.lora_dropout > 0)
     generator = torch.Generator().manual_seed(seed)
     for index, name in enumerate(names):
         base = model.get_submodule(name)

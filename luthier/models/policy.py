@@ -171,7 +171,9 @@ class Policy(nn.Module):
             )
             return hidden_TD if rows is None else hidden_TD.index_select(0, rows)
         longest = max(lengths)
-        last = {"label_rows": rows} if self.rows_in_last_layer and rows is not None else {}
+        # Dropout's masks are drawn for all tokens of a document, so that they do not depend on its labels.
+        dropped = self.training and self.dropout.active
+        last = {"label_rows": rows} if self.rows_in_last_layer and rows is not None and not dropped else {}
         with flat_pass():
             # The names are those that transformers gives flat batches for flash attention; `document_lengths` is
             # the same on the host, where per-document slices are cut.

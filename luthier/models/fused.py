@@ -1,0 +1,319 @@
+"""What takes the place of a module's forward in training: norm, gated MLP, attention, decoder layer.
+
+Each class fits modules by what they have, not by what they are called, and is a guess until `models.fuse` has
+seen it give the module's own output and gradients. It is put on the instance as its `forward`; the module keeps
+its class, its parameters and their names. Attention and layers do this only for flat passes; with a cache or a
+mask the module's own forward runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from luthier.kernels.gated import gated_forward
+from luthier.kernels.gated_mlp import gated_mlp
+from luthier.kernels.lora_linear import Linear, lora_linears, stack
+from luthier.kernels.rms_norm import rms_norm
+from luthier.kernels.rotary import rotary
+from luthier.models import attention
+from luthier.models.lora import LoRALinear
+
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+
+
+class Fused:
+    """A forward for one module, with the module's own to fall back on.
+
+    Attributes:
+        what: the kind of module, for messages. module: whose forward it is.
+    """
+
+    what: ClassVar[str]
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    @classmethod
+    def candidates(cls, module: nn.Module) -> Iterator[dict[str, Any]]:
+        """Settings under which this class may compute what the module does, the likeliest first."""
+        raise NotImplementedError
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+class FusedNorm(Fused):
+    """RMSNorm, with the weight as it is or added to 1 (Gemma), multiplied before or after rounding."""
+
+    what = "norm"
+
+    def __init__(self, module: nn.Module, offset: float, cast_before_weight: bool) -> None:
+        super().__init__(module)
+        self.eps = _eps(module)
+        self.offset, self.cast_before_weight = offset, cast_before_weight
+
+    @classmethod
+    def candidates(cls, module: nn.Module) -> Iterator[dict[str, Any]]:
+        weight = getattr(module, "weight", None)
+        own = [name for name, _ in module.named_parameters()]
+        if own == ["weight"] and weight is not None and weight.dim() == 1 and _eps(module) is not None:
+            for offset in (0.0, 1.0):
+                for cast in (True, False):
+                    yield dict(offset=offset, cast_before_weight=cast)
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return rms_norm(
+            hidden_states,
+            self.module.weight,
+            self.eps,
+            offset=self.offset,
+            cast_before_weight=self.cast_before_weight,
+        )
+
+
+class Stack:
+    """Copies of some layers' A's one under another, made once for each state of the masters."""
+
+    def __init__(self) -> None:
+        self.state: Any = None
+        self.a: torch.Tensor | None = None
+
+    def of(self, linears: list[Linear], dtype: torch.dtype) -> torch.Tensor | None:
+        state = (dtype, [(id(one.a), one.a._version) for one in linears if one.a is not None])
+        if self.state != state:
+            self.state, self.a = state, stack(linears, dtype)
+        return self.a
+
+
+class FusedMLP(Fused):
+    """act(gate) * up, then down; gate and up as two layers or as the halves of one (Phi-3)."""
+
+    what = "gated MLP"
+
+    def __init__(self, module: nn.Module, kind: str, inputs: tuple[str, ...]) -> None:
+        super().__init__(module)
+        self.kind = kind
+        self.inputs = inputs
+        self.stack = Stack()
+
+    @classmethod
+    def candidates(cls, module: nn.Module) -> Iterator[dict[str, Any]]:
+        names = set(dict(module.named_children()))
+        inputs = ("gate_up_proj",) if "gate_up_proj" in names else ("gate_proj", "up_proj")
+        linears = [*inputs, "down_proj"]
+        activation = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
+        if not set(linears) <= names or activation is None or not all(map(is_linear, _of(module, linears))):
+            return
+        for kind in ACTIVATIONS:
+            if _is_activation(activation, kind):
+                yield dict(kind=kind, inputs=inputs)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        inputs = [linear(layer, x) for layer in _of(self.module, self.inputs)]
+        last = self.module.down_proj
+        down = linear(last, x)
+        if down.keep is not None:  # its input is the wide product, of which only the shape matters here
+            down = linear(last, x.new_empty(1).expand(x.numel() // x.shape[-1], last.in_features))
+        return gated_mlp(x, inputs, down, self.kind, self.stack.of(inputs, x.dtype))
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What a module's own forward hands to the attention function, beside query, key and value."""
+
+    scaling: float | None = None
+    sliding_window: int | None = None
+    softcap: float | None = None
+    sinks: str | None = None
+
+
+class FusedAttention(Fused):
+    """q, k and v in one multiply with their adapters, norms of q and k, rotary embedding, attention, output."""
+
+    what = "attention"
+
+    def __init__(self, module: nn.Module, call: AttentionCall, inputs: tuple[str, ...], rope: bool) -> None:
+        super().__init__(module)
+        self.call, self.inputs, self.rope = call, inputs, rope
+        self.output = "o_proj"
+        self.stack = Stack()
+
+    @classmethod
+    def candidates(cls, module: nn.Module) -> Iterator[dict[str, Any]]:
+        names = set(dict(module.named_children()))
+        inputs = ("qkv_proj",) if "qkv_proj" in names else ("q_proj", "k_proj", "v_proj")
+        linears = [*inputs, "o_proj"]
+        if not set(linears) <= names or not isinstance(getattr(module, "head_dim", None), int):
+            return
+        if names - {*linears, "q_norm", "k_norm"} or not all(map(is_linear, _of(module, linears))):
+            return
+        for rope in (True, False):
+            yield dict(inputs=inputs, rope=rope)
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        *,
+        label_rows: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if past_key_values is not None or kwargs.get("document_lengths") is None:
+            return self.original(
+                hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
+            )
+        m, call = self.module, self.call
+        query, key, value = self._heads(hidden_states)
+        if self.rope:
+            query, key = rotary(query, key, *position_embeddings)
+        sinks = None if call.sinks is None else getattr(m, call.sinks)
+        out, _ = attention.attention(
+            m,
+            query,
+            key,
+            value,
+            None,
+            scaling=call.scaling,
+            sliding_window=call.sliding_window,
+            softcap=call.softcap,
+            s_aux=sinks,
+            **kwargs,
+        )
+        out = out.flatten(2)
+        if label_rows is not None:
+            out = out.index_select(1, label_rows)
+        return getattr(m, self.output)(out), None
+
+    def _heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value, each (1, heads, T, head_dim)."""
+        m: Any = self.module
+        specs = [linear(layer, x) for layer in _of(m, self.inputs)]
+        outs = lora_linears(x, specs, self.stack.of(specs, x.dtype))
+        if len(outs) == 1:
+            queries = m.o_proj.in_features
+            outs = outs[0].split([queries, *[(outs[0].shape[-1] - queries) // 2] * 2], -1)
+        heads = []
+        for out, norm in zip(
+            outs, (getattr(m, "q_norm", None), getattr(m, "k_norm", None), None), strict=True
+        ):
+            if norm is not None and norm.weight.numel() == out.shape[-1]:  # over all heads at once (OLMo 2)
+                out, norm = norm(out), None
+            out = out.view(*out.shape[:-1], -1, m.head_dim)
+            heads.append((out if norm is None else norm(out)).transpose(1, 2))
+        return heads[0], heads[1], heads[2]
+
+
+class FusedLayer(Fused):
+    """A decoder layer, so that the last one can leave out the rows that no label needs.
+
+    The forms are where the norms stand: before each block (Llama), before and after (Gemma 2 and 3), or after
+    (OLMo 2). Granite multiplies what a block adds.
+    """
+
+    what = "decoder layer"
+    forms: ClassVar[dict[str, tuple[str | None, ...]]] = {
+        "before": ("input_layernorm", None, "post_attention_layernorm", None),
+        "around": (
+            "input_layernorm",
+            "post_attention_layernorm",
+            "pre_feedforward_layernorm",
+            "post_feedforward_layernorm",
+        ),
+        "after": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    }
+
+    def __init__(self, module: nn.Module, form: str) -> None:
+        super().__init__(module)
+        self.form = form
+        self.norms = self.forms[form]
+        self.multiplier = float(getattr(module, "residual_multiplier", 1.0))
+        self.last = False
+        # transformers recomputes inside the forward that this one replaces, so it is done here
+        self.recompute = bool(getattr(module, "gradient_checkpointing", False))
+
+    @classmethod
+    def candidates(cls, module: nn.Module) -> Iterator[dict[str, Any]]:
+        names = set(dict(module.named_children()))
+        if not {"self_attn", "mlp"} <= names:
+            return
+        for form, norms in cls.forms.items():
+            needed = {name for name in norms if name is not None}
+            if needed == {name for name in names if name.endswith("norm")}:
+                yield dict(form=form)
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs.get("document_lengths") is None or kwargs.get("past_key_values") is not None:
+            return self.original(hidden_states, *args, **kwargs)
+        if self.recompute and torch.is_grad_enabled() and self.module.training:
+            return checkpoint(
+                self._run, hidden_states, use_reentrant=False, preserve_rng_state=False, **kwargs
+            )
+        return self._run(hidden_states, **kwargs)
+
+    def _run(self, x: torch.Tensor, *, label_rows: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+        m: Any = self.module
+        before, after, before_mlp, after_mlp = (n and getattr(m, n) for n in self.norms)
+        rows = label_rows if self.last else None
+        block: Any = m.self_attn
+        own = isinstance(block.__dict__.get("forward"), FusedAttention)
+        if own:
+            kwargs["label_rows"] = rows
+        added = block(hidden_states=before(x) if before else x, **kwargs)[0]
+        if rows is not None:
+            x = x.index_select(1, rows)
+            added = added if own else added.index_select(1, rows)
+        x = x + self._scaled(after(added) if after else added)
+        added = m.mlp(before_mlp(x) if before_mlp else x)
+        added = added[0] if isinstance(added, tuple) else added
+        return x + self._scaled(after_mlp(added) if after_mlp else added)
+
+    def _scaled(self, added: torch.Tensor) -> torch.Tensor:
+        return added if self.multiplier == 1.0 else added * self.multiplier
+
+
+# Children before parents: what a parent is proven with is what it will run.
+KINDS: tuple[type[Fused], ...] = (FusedNorm, FusedMLP, FusedAttention, FusedLayer)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the kernels may read a layer's weight: a plain one or one of ours, not a subclass with a format."""
+    return type(module) in (nn.Linear, LoRALinear)
+
+
+def linear(module: nn.Module, x: torch.Tensor) -> Linear:
+    """A layer as the kernels take it."""
+    if isinstance(module, LoRALinear):
+        return module.linear(x)
+    assert isinstance(module, nn.Linear)
+    return Linear(module.weight, module.bias)
+
+
+def _of(module: nn.Module, names: Any) -> list[nn.Module]:
+    return [module.get_submodule(name) for name in names]
+
+
+def _eps(module: nn.Module) -> Any:
+    for name in ("variance_epsilon", "eps"):
+        if isinstance(value := getattr(module, name, None), float):
+            return value
+    return None
+
+
+def _is_activation(function: Any, kind: str) -> bool:
+    """Whether an activation module computes this kind, seen on a few numbers."""
+    x = torch.linspace(-4.0, 4.0, 17)
+    try:
+        return torch.allclose(function(x), gated_forward(x, torch.ones_like(x), kind), atol=1e-6)
+    except (TypeError, RuntimeError):
+        return False

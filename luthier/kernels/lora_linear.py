@@ -158,7 +158,7 @@ def weight_gradients(
     stacked = None
     if d_inner is not None and x_TI is not None and all(layer.keep is None for layer in kept.layers):
         stacked = d_inner.t() @ x_TI
-    found = []
+    found: list[tuple[torch.Tensor | None, ...]] = []
     for grad, layer, columns, wants in zip(grads, kept.layers, kept.columns(), trained, strict=True):
         weight = bias = a = b = None
         if grad is not None and wants[0]:
@@ -198,7 +198,7 @@ def stack(layers: Sequence[Linear], dtype: torch.dtype) -> torch.Tensor | None:
     present = [layer.a if layer.a_copy is None else layer.a_copy for layer in layers if layer.a is not None]
     if not present:
         return None
-    return (present[0] if len(present) == 1 else torch.cat(present)).detach().to(dtype)  # type: ignore[arg-type]
+    return (present[0] if len(present) == 1 else torch.cat(present)).detach().to(dtype)
 
 
 class _Linears(torch.autograd.Function):

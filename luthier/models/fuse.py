@@ -198,7 +198,7 @@ def _try(kind: Kind, spied: dict[int, AttentionCall]) -> None:
         expected = _run(first, kind.call)
     kind.why = "it computes something else"
     for settings in kind.fused.candidates(first):
-        first.forward = kind.fused(first, **settings, **extra)  # type: ignore[method-assign]
+        first.forward = kind.fused(first, **settings, **extra)
         worst = _difference(expected, first, kind.call)
         del first.forward
         if worst is not None and worst <= TOLERANCE[_dtype(first)]:
@@ -211,7 +211,7 @@ def _try(kind: Kind, spied: dict[int, AttentionCall]) -> None:
 
 
 def _install(module: nn.Module, forward: Fused) -> None:
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     if isinstance(forward, FusedLayer):
         module.gradient_checkpointing = False  # type: ignore[assignment] # the fused one recomputes by itself
 
@@ -286,7 +286,7 @@ def _plain(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for part, forward in taken:
-            part.forward = forward  # type: ignore[method-assign]
+            part.forward = forward
 
 
 @contextmanager

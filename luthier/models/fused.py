@@ -37,7 +37,7 @@ class Fused:
     what: ClassVar[str]
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self.module: Any = module  # a module's attributes are whatever its family has
 
     @classmethod
     def candidates(cls, module: nn.Module) -> Iterator[dict[str, Any]]:

@@ -40,6 +40,15 @@ TOY_CHATML = (
 )
 
 
+def pytest_configure() -> None:
+    """Triton's kernels run in its interpreter where there is no GPU; triton asks when it is first imported,
+    which transformers' models do."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs an accelerator where there is none."""
     marked = [item for item in items if item.get_closest_marker("gpu")]

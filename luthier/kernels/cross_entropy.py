@@ -6,7 +6,7 @@ With z = softcap tanh(scale x / softcap) and p = softmax(z)
 
     d loss / dx = weight (p - onehot(target)) scale (1 - (z / softcap)^2)
 
-and log-probs come from the row's greatest entry: logsumexp(z) = max z - log(max p), exact to rounding, since
+and log-probs come by way of the row's greatest entry, (z - max z) + log(max p), exact to rounding, since
 max p >= 1 / V. On a CPU the exponentials are the cost, and one fused softmax computes them; the passes around
 it run on blocks of rows that are still in the cache.
 
@@ -110,8 +110,7 @@ def _torch_block(
         values.mul_(scale)
         greatest, chosen = greatest * scale, chosen * scale
     _softmax_(values)
-    logsumexp = greatest - values.amax(-1, keepdim=True).log_()
-    logp.copy_((chosen - logsumexp).squeeze(1))
+    logp.copy_((chosen - greatest).add_(values.amax(-1, keepdim=True).log_()).squeeze(1))
     factor = torch.full_like(greatest, scale)
     if weight is not None:
         factor.mul_(weight.unsqueeze(1))

@@ -212,13 +212,12 @@ def _torch_backward(
     weight_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     dtype = rstd_T1.dtype
-    x = x_TD.to(dtype)
-    dweight = None
-    if weight_grad:
-        dweight = torch.mv((dy_TD * x).t(), rstd_T1.squeeze(1)).to(weight_D.dtype)
-    dx = dy_TD * _scale(weight_D, offset, dtype)
-    mean_T1 = torch.linalg.vecdot(dx, x).unsqueeze(1).mul_(rstd_T1.square()).div_(x.shape[-1])
-    dx.addcmul_(x, mean_T1, value=-1)
+    x, scale = x_TD.to(dtype), _scale(weight_D, offset, dtype)
+    # dy x is summed both ways by matrix-vector products, then its memory takes dx.
+    dx = dy_TD * x
+    mean_T1 = torch.mv(dx, scale).unsqueeze(1).mul_(rstd_T1.square()).div_(x.shape[-1])
+    dweight = torch.mv(dx.t(), rstd_T1.squeeze(1)).to(weight_D.dtype) if weight_grad else None
+    torch.mul(dy_TD, scale, out=dx).addcmul_(x, mean_T1, value=-1)
     if dtotal_TD is None:
         dx.mul_(rstd_T1)
     else:

@@ -88,7 +88,9 @@ class Masters:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Copy the masters into the model's 16-bit parameters."""
+        """Copy the masters into the model's 16-bit parameters, and let copies made elsewhere know of the step: a
+        fused AdamW writes without raising the version that they go by."""
+        torch.autograd.graph.increment_version(list(self))
         for parameter, master in self._copies:
             parameter.copy_(master)
 

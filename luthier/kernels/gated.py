@@ -82,8 +82,12 @@ class _Gated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gate, up = ctx.saved_tensors
-        _, d_gate, d_up = gated_backward_(d_out, gate, up, ctx.kind)
-        return d_gate, d_up, None
+        if use_triton(gate):
+            _, d_gate, d_up = gated_backward_(d_out, gate, up, ctx.kind)
+            return d_gate, d_up, None
+        d_gate = d_out * up
+        _activation_backward(d_gate, gate, ctx.kind, d_gate)
+        return d_gate, gated_forward(gate, d_out, ctx.kind), None
 
 
 def _activation(gate: torch.Tensor, kind: str) -> torch.Tensor:

@@ -6,8 +6,10 @@ is several hundred times slower in it than in fp32, and a GPU before Ampere has 
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import platform
 
 import torch
 
@@ -15,6 +17,10 @@ from luthier.config import Config
 from luthier.errors import ConfigError
 
 log = logging.getLogger("luthier")
+
+# Of glibc's malloc.h: blocks from which on memory is mapped by itself, and free memory at the top of the heap that
+# is kept.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def choose_device(device_map: object) -> torch.device:
@@ -96,6 +102,21 @@ def set_matmul_precision(config: Config, device: torch.device) -> None:
     allowed = config.precision.tf32 is True or config.precision.tf32 == "auto"
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
+
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Let the process keep what it frees, on a CPU under glibc.
+
+    A step frees and takes the same large tensors over and over. glibc gives each back to the system, which hands
+    it out again page by page, each zeroed: a fifth of a training step of a 135M model (measured). The peak is the
+    same, since what was freed is what is taken next.
+    """
+    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
+        return
+    largest = 2**31 - 1  # the settings are C ints
+    libc = ctypes.CDLL(None)
+    for setting in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+        libc.mallopt(setting, largest)
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -34,7 +34,13 @@ from luthier.generate.engine import Engine, default_terminators
 from luthier.generate.sampling import Sampling
 from luthier.models.adapter_files import save_adapter
 from luthier.models.assemble import build_model, with_adapter_settings
-from luthier.models.device import choose_device, choose_dtype, peak_memory_gib, set_matmul_precision
+from luthier.models.device import (
+    choose_device,
+    choose_dtype,
+    keep_freed_memory,
+    peak_memory_gib,
+    set_matmul_precision,
+)
 from luthier.models.fuse import fuse_policy
 from luthier.models.isolation import build_policy
 from luthier.models.memory import PROBE_TOKENS, Budget, choose_budget
@@ -103,6 +109,7 @@ def _train(config: Config, opened: RunFolder, trackers: Trackers, began: float) 
     device = choose_device(config.model.device_map)
     dtype = choose_dtype(config, device)
     set_matmul_precision(config, device)
+    keep_freed_memory(device)
     torch.manual_seed(config.training.seed)
     tokenizer = load_tokenizer(config)
     data = prepare(config, tokenizer)

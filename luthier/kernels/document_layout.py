@@ -101,13 +101,18 @@ def layout_on(layout: Layout, device: torch.device) -> DeviceLayout:
     """The same on a device; made once per pass."""
 
     def running(counts: Sequence[int]) -> torch.Tensor:
-        return torch.tensor([0, *counts]).cumsum(0).to(torch.int32).to(device)
+        return _put(torch.tensor([0, *counts]).cumsum(0).to(torch.int32), device)
 
     cu_queries = running(layout.queries)
     if not layout.shared:
         return DeviceLayout(cu_queries, cu_queries, max(layout.queries), max(layout.queries), None)
-    index_S = torch.cat([torch.arange(start, stop) for start, stop in layout.spans]).to(device)
+    index_S = _put(torch.cat([torch.arange(start, stop) for start, stop in layout.spans]), device)
     return DeviceLayout(cu_queries, running(layout.keys), max(layout.queries), max(layout.keys), index_S)
+
+
+def _put(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On the device; out of pinned memory, from which a copy does not make the host wait."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 class _Gather(torch.autograd.Function):
@@ -133,7 +138,7 @@ def gather_keys(x_1THD: torch.Tensor, layout: Layout) -> torch.Tensor:
     if not layout.shared:
         return x_1THD
     if x_1THD.device.type == "cpu":
-        return _Gather.apply(x_1THD, layout.spans)  # type: ignore[no-any-return, no-untyped-call]
+        return _Gather.apply(x_1THD, layout.spans)
     index_S = layout_on(layout, x_1THD.device).index_S
     assert index_S is not None
     return x_1THD.index_select(1, index_S)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,8 +26,12 @@ def _find() -> Callable[..., Any] | None:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    has = inspect.signature(varlen_attn).parameters
-    return varlen_attn if {"scale", "window_size", "enable_gqa"} <= set(has) else None
+    return varlen_attn if {"scale", "window_size"} <= _arguments(varlen_attn) else None
+
+
+@cache
+def _arguments(function: Callable[..., Any]) -> set[str]:
+    return set(inspect.signature(function).parameters)
 
 
 _varlen = _find()
@@ -59,6 +64,9 @@ def varlen_attention(
         window: a token sees itself and the window - 1 tokens before it; None sees all before it.
     """
     assert _varlen is not None
+    grouped = key.shape[1] != query.shape[1]
+    # torch 2.11 takes fewer key heads as they are; from 2.12 on it wants to be told.
+    told = {"enable_gqa": True} if grouped and "enable_gqa" in _arguments(_varlen) else {}
     where = layout_on(layout, query.device)
     key_SHD = gather_keys(key.transpose(1, 2), layout)[0]
     value_SHD = gather_keys(value.transpose(1, 2), layout)[0]
@@ -72,6 +80,6 @@ def varlen_attention(
         where.longest_keys,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=key.shape[1] != query.shape[1],
+        **told,
     )
-    return out_THD[None].transpose(1, 2)  # type: ignore[no-any-return]
+    return out_THD[None].transpose(1, 2)

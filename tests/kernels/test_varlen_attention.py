@@ -72,6 +72,22 @@ def test_one_call_equals_the_branches_one_by_one(
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
+def test_a_version_that_asks_for_no_flag_for_grouped_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch 2.11 takes fewer key heads without being told."""
+
+    def older(
+        *args: Any, scale: float | None = None, window_size: tuple[int, int] = (-1, -1)
+    ) -> torch.Tensor:
+        return _promised(*args, scale=scale, window_size=window_size, enable_gqa=True)
+
+    monkeypatch.setattr(varlen_attention, "_varlen", older)
+    layout = layout_of(LENGTHS, PARENTS)
+    inputs = _inputs(sum(LENGTHS), 2)
+    fused = varlen_attention.varlen_attention(*inputs, layout, window=6, scaling=0.3)
+    plain = attention.attend_branches(*inputs, layout, window=6, scaling=0.3, softcap=None, sinks=None)
+    torch.testing.assert_close(fused, plain, atol=1e-5, rtol=1e-5)
+
+
 def test_the_index_of_the_keys_is_that_of_the_spans() -> None:
     layout = layout_of(LENGTHS, PARENTS)
     assert layout.queries == (24, 4, 11, 5) and layout.keys == (24, 19, 19, 5)

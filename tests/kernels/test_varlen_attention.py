@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -103,6 +104,7 @@ def test_the_kernel_is_tried_before_it_is_used(
 ) -> None:
     """A kernel that aligns its mask with the beginning instead of the end is found out."""
 
+    @functools.wraps(_promised)
     def wrong(*args: Any, **kwargs: Any) -> torch.Tensor:
         return _promised(*args, **{**kwargs, "window_size": (3, 0)})
 

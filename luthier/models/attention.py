@@ -239,19 +239,18 @@ def _try_varlen(kind: _Kind) -> bool:
 
     def run(fused: bool) -> list[torch.Tensor]:
         generator.manual_seed(0)
-        inputs = [
+        query, key, value = (
             torch.randn(
                 1, n, 129, kind.head_dim, generator=generator, device=kind.device, dtype=kind.dtype
             ).requires_grad_()
             for n in (kind.heads, kind.kv_heads, kind.kv_heads)
-        ]
+        )
+        options: dict[str, Any] = dict(window=window, scaling=kind.scaling)
         if fused:
-            out = varlen_attention.varlen_attention(*inputs, layout, window=window, scaling=kind.scaling)
+            out = varlen_attention.varlen_attention(query, key, value, layout, **options)
         else:
-            out = attend_branches(
-                *inputs, layout, window=window, scaling=kind.scaling, softcap=None, sinks=None
-            )
-        return [out.detach(), *torch.autograd.grad((out * out).sum(), inputs)]
+            out = attend_branches(query, key, value, layout, softcap=None, sinks=None, **options)
+        return [out.detach(), *torch.autograd.grad((out * out).sum(), [query, key, value])]
 
     try:
         with torch.enable_grad():

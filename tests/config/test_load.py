@@ -214,6 +214,13 @@ def test_numbers_become_what_their_key_wants(load):
     assert config.output.save_steps == 0.5
 
 
+@pytest.mark.parametrize("text", ["off", "'off'", "false"])
+def test_a_choice_named_off_is_what_yaml_calls_false(load, text):
+    config = load(f"share_prefixes: {text}\n")
+    assert config.training.share_prefixes == "off"
+    assert load(config.to_yaml(), base="").training.share_prefixes == "off"
+
+
 @pytest.mark.parametrize(
     ("text", "key", "value"),
     [

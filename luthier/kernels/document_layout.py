@@ -116,7 +116,8 @@ def _put(x: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """Spans of dim 1 end to end; on a CPU several times faster than `index_select` with its backward pass."""
+    """Spans of dim 1 end to end. On a CPU attention with it takes 3% less than with `index_select`, whose
+    backward pass adds row by row."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, spans: tuple[Span, ...]) -> torch.Tensor:

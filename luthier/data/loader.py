@@ -170,13 +170,21 @@ def make_batch(
         pairs, counts = np.unique(places << 32 | targets, return_counts=True)
         places, targets, weights = pairs >> 32, pairs & 0xFFFFFFFF, counts.astype(np.float32)
     return Batch(
-        input_ids=torch.from_numpy(np.concatenate([ids[o][a : a + n] for o, a, n in segments])).to(device),
-        position_ids=torch.from_numpy(positions).to(device),
-        cu_seqlens=torch.from_numpy(np.cumsum([0, *forest.lengths]).astype(np.int32)).to(device),
+        input_ids=_put(np.concatenate([ids[o][a : a + n] for o, a, n in segments]), device),
+        position_ids=_put(positions, device),
+        cu_seqlens=_put(np.cumsum([0, *forest.lengths]).astype(np.int32), device),
         lengths=forest.lengths,
         parents=forest.parents,
         seeds=tuple(document_seeds[owner] for owner in forest.owners),
-        position_N=torch.from_numpy(places).to(device),
-        target_N=torch.from_numpy(targets).to(device),
-        weight_N=torch.from_numpy(weights).to(device),
+        position_N=_put(places, device),
+        target_N=_put(targets, device),
+        weight_N=_put(weights, device),
     )
+
+
+def _put(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    if device.type != "cuda":
+        return tensor.to(device)
+    # Out of pinned memory the copy does not make the host wait; torch keeps the buffer until it is done.
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from luthier.kernels.linear_ce import head_logps, linear_logps, transform_logits
-from luthier.models.attention import flat_pass
+from luthier.models.attention import NAME, flat_pass
 from luthier.models.load import decoder_of, text_config_of
 from luthier.models.lora import DropoutState, lora_layers
 
@@ -174,6 +174,10 @@ class Policy(nn.Module):
         # Dropout's masks are drawn for all tokens of a document, so that they do not depend on its labels.
         dropped = self.training and self.dropout.active
         last = {"label_rows": rows} if self.rows_in_last_layer and rows is not None and not dropped else {}
+        # transformers takes a mask of four dimensions as it is. Given none, it looks at the positions for documents,
+        # and that waits for the device; this one is never read.
+        ready = text_config_of(self.model)._attn_implementation == NAME
+        mask = {"attention_mask": input_ids.new_empty(1, 1, 1, 1)} if ready else {}
         with flat_pass():
             # The names are those that transformers gives flat batches for flash attention; `document_lengths` is
             # the same on the host, where per-document slices are cut.
@@ -187,6 +191,7 @@ class Policy(nn.Module):
                 cu_seq_lens_k=cu_seqlens,
                 max_length_q=longest,
                 max_length_k=longest,
+                **mask,
                 **last,
             ).last_hidden_state[0]
         return hidden_TD if rows is None or last else hidden_TD.index_select(0, rows)

@@ -74,6 +74,21 @@ class OutOfMemory(RunError):
 Objective = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 
+# Devices that have computed a figure before they hand it over: looking at it there costs nothing.
+READ_AT_ONCE = {"cpu"}
+
+
+@dataclass(frozen=True)
+class Unread:
+    """Figures of a step that are still on the device: loss, labels hit, and the gradients' norm."""
+
+    number: int
+    step: Step
+    loss: torch.Tensor
+    correct: torch.Tensor
+    norm: torch.Tensor
+
+
 @dataclass(frozen=True)
 class Plan:
     """When things happen: steps in all, and after which steps to log, evaluate and save."""
@@ -117,6 +132,7 @@ def fit(
     Raises:
         RunError: the loss is not finite, or a checkpoint cannot be written.
     """
+    unread: list[Unread] = []
     while state.step < plan.total_steps and not _patience_is_over(state, plan):
         began = time.perf_counter()
 
@@ -124,7 +140,6 @@ def fit(
         step, loss, correct, computed = _gradients(
             policy, objective, loader, masters, scaler=scaler, state=state, recorder=recorder, device=device
         )
-        step_loss = float(loss)
 
         # 2. Clip, step, and copy the masters into the 16-bit parameters. With fp16 an overflow is ordinary: the
         #    scaler skips that step and lowers the scale.
@@ -132,14 +147,7 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = rate
         scaler.unscale_(optimizer)
-        norm = float(clip(masters))
-        if not math.isfinite(step_loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-            what = (
-                f"the loss is {step_loss}"
-                if not math.isfinite(step_loss)
-                else f"the gradient's norm is {norm}"
-            )
-            raise RunError(_not_finite(what, state.step + 1, loader.locations(step), checkpoints))
+        norm = clip(masters)
         before = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
@@ -149,31 +157,34 @@ def fit(
                 f"step {state.step + 1} is skipped: fp16 overflowed; loss scale now {scaler.get_scale():g}"
             )
 
-        # 3. Account for it.
+        # 3. Account for it. What the device has computed stays there until somebody looks, since looking waits
+        #    for it; nothing is logged or saved unseen.
         state.step += 1
         state.documents += len(step.rows)
         state.tokens += step.tokens
         state.computed_tokens += computed
         state.trained_tokens += step.trained_tokens
         state.loss_scale = scaler.state_dict()
-        seconds = time.perf_counter() - began
-        state.seconds += seconds
-        for window in (state.window, state.between):
-            _add(window, step_loss, int(correct), step, seconds)
+        unread.append(Unread(state.step, step, loss, correct, norm))
+        last, stopping = state.step == plan.total_steps, interrupted()
+        logs, saves = plan.log(state.step) or last, plan.save(state.step) or last or stopping
+        if logs or saves or plan.evaluate(state.step) or device.type in READ_AT_ONCE:
+            last_norm = _read(unread, state, loader, checkpoints, overflow_is_ordinary=scaler.is_enabled())
+        _count(state, step, time.perf_counter() - began)
         recorder.advance(state.step)
 
         # 4. Log, evaluate, save.
-        last = state.step == plan.total_steps
-        if plan.log(state.step) or last:
-            recorder.row(_row(state, plan, loader, rate, norm, peak_memory()))
+        if logs:
+            recorder.row(_row(state, plan, loader, rate, last_norm, peak_memory()))
             state.window = Window()
         improved = False
-        if plan.evaluate(state.step) and evaluate:
-            improved = _note_evaluation(state, evaluate(state.step), recorder)
-        if plan.evaluate(state.step) and sample:
-            recorder.samples(sample(state.step))
-        stopping = interrupted()
-        if plan.save(state.step) or last or stopping or (improved and plan.save_best):
+        if plan.evaluate(state.step):
+            if evaluate:
+                improved = _note_evaluation(state, evaluate(state.step), recorder)
+            if sample:
+                recorder.samples(sample(state.step))
+            stopping = stopping or interrupted()
+        if saves or stopping or (improved and plan.save_best):
             checkpoints.save(state, masters.masters, optimizer)
 
         # 5. End early: asked to, or no longer improving.
@@ -267,13 +278,41 @@ def _patience_is_over(state: State, plan: Plan) -> bool:
     return plan.patience is not None and state.evaluations_since_best >= plan.patience
 
 
-def _add(window: Window, loss: float, correct: int, step: Step, seconds: float) -> None:
-    window.steps += 1
-    window.loss += loss
-    window.correct += correct
-    window.trained_tokens += step.trained_tokens
-    window.tokens += step.tokens
-    window.seconds += seconds
+def _read(
+    unread: list[Unread],
+    state: State,
+    loader: Loader,
+    checkpoints: Checkpoints,
+    *,
+    overflow_is_ordinary: bool,
+) -> float:
+    """Read the figures of steps, in order, into the windows; returns the last gradient norm.
+
+    Raises:
+        RunError: a loss is not finite, or a gradient, unless that is `overflow_is_ordinary`.
+    """
+    losses, hits, norms = (
+        torch.stack(column).tolist()
+        for column in ([u.loss for u in unread], [u.correct for u in unread], [u.norm for u in unread])
+    )
+    for each, loss, correct, norm in zip(unread, losses, hits, norms, strict=True):
+        if not math.isfinite(loss) or not (math.isfinite(norm) or overflow_is_ordinary):
+            what = f"the gradient's norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+            raise RunError(_not_finite(what, each.number, loader.locations(each.step), checkpoints))
+        for window in (state.window, state.between):
+            window.loss += loss
+            window.correct += int(correct)
+    unread.clear()
+    return float(norms[-1])
+
+
+def _count(state: State, step: Step, seconds: float) -> None:
+    state.seconds += seconds
+    for window in (state.window, state.between):
+        window.steps += 1
+        window.trained_tokens += step.trained_tokens
+        window.tokens += step.tokens
+        window.seconds += seconds
 
 
 def _row(state: State, plan: Plan, loader: Loader, rate: float, norm: float, peak: float) -> dict[str, Any]:
@@ -325,7 +364,7 @@ def overfitting_since(state: State) -> int | None:
 def _not_finite(what: str, step: int, rows: list[str], checkpoints: Checkpoints) -> str:
     kept = latest(checkpoints.folder)
     return (
-        f"{what} at step {step}, and nothing of this step was applied. Its rows: "
+        f"{what} at step {step}, and nothing from that step on was saved. Its rows: "
         f"{', '.join(rows[:16])}{f' and {len(rows) - 16} more' if len(rows) > 16 else ''}. "
         + (f"The last good checkpoint is {kept}. " if kept else "No checkpoint was written before it. ")
         + "Try a lower learning_rate, more warmup_steps, or bf16 instead of fp16."

@@ -108,6 +108,7 @@ def test_rows_of_metrics_and_the_folder(run_config: MakeConfig, tmp_path: Path) 
         "learning_rate",
         "grad_norm",
         "tokens",
+        "computed_tokens",
         "trained_tokens",
         "tokens_per_second",
         "seconds",

@@ -11,12 +11,14 @@ class Contender:
 
     Attributes:
         environment: of `environments.py`. module: of `bench/peers/`. variant: given to it with the job.
+        checkpoint: the module that makes the model folder in this one's own format, once, outside of all timing.
     """
 
     name: str
     environment: str
     module: str
     variant: str = "default"
+    checkpoint: str | None = None
 
 
 CONTENDERS = {
@@ -25,5 +27,10 @@ CONTENDERS = {
         Contender("luthier", "luthier", "luthier"),
         Contender("trl", "trl", "trl"),
         Contender("trl-tuned", "trl", "trl", "tuned"),
+        Contender("unsloth", "unsloth", "unsloth"),
+        Contender("axolotl", "axolotl", "axolotl"),
+        Contender("llamafactory", "llamafactory", "llamafactory"),
+        Contender("litgpt", "litgpt", "litgpt", checkpoint="litgpt_checkpoint"),
+        Contender("torchtune", "torchtune", "torchtune"),
     )
 }

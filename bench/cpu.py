@@ -16,7 +16,7 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -214,6 +214,8 @@ class Benchmark:
         folder = self.run_folder / f"{number}-{contender.name}"
         folder.mkdir()
         job = self._job(folder, contender.variant)
+        if contender.checkpoint:
+            job = replace(job, model=str(self._own_format(contender, contender.checkpoint)))
         job.save(folder / "job.json")
         done = process.run(
             self.pythons[contender.environment],
@@ -238,6 +240,19 @@ class Benchmark:
             f"  {contender.name}: {speed(run, self.chosen.warmup_steps):,.0f} tokens/s, {done.seconds:.0f} s in all"
         )
         return run
+
+    def _own_format(self, contender: Contender, module: str) -> Path:
+        """The model in a contender's own format, made if it is not there yet."""
+        target = self.model.with_name(f"{self.model.name}-{contender.name}")
+        if not target.exists():
+            process.run(
+                self.pythons[contender.environment],
+                f"bench.peers.{module}",
+                [str(self.model), str(target)],
+                scratch=self.run_folder / "own",
+                log=self.run_folder / f"{module}.log",
+            )
+        return target
 
     def _command(self) -> str:
         """The command that measures this again, without the folders of this machine."""

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from bench.shapes import SHAPES
 
-SECONDS_PER_MAP = 0.6
+WINDOW = 0.06  # seconds of one measurement: a single call may meet a jump of a virtual machine's clock
+WINDOWS = 5
 LARGEST_OUTPUT = 49_152  # of the head: more rows of it are no faster, and need memory
 
 
@@ -44,12 +45,15 @@ def measure(shape_name: str, tokens: int) -> dict[str, object]:
 
 
 def _best(call) -> float:  # type: ignore[no-untyped-def]
-    """Seconds of the fastest call within the time that a map is given, after one call to warm up."""
+    """Seconds of a call: the mean within a window of time, of the best window, after one call to warm up."""
     call()
-    best, ends = float("inf"), time.perf_counter() + SECONDS_PER_MAP / 2
-    while (before := time.perf_counter()) < ends or best == float("inf"):
-        call()
-        best = min(best, time.perf_counter() - before)
+    best = float("inf")
+    for _ in range(WINDOWS):
+        calls, began = 0, time.perf_counter()
+        while (spent := time.perf_counter() - began) < WINDOW:
+            call()
+            calls += 1
+        best = min(best, spent / calls)
     return best
 
 

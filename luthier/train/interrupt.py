@@ -2,10 +2,41 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+log = logging.getLogger("luthier")
+
+
+@contextmanager
+def terminated_with_a_message() -> Iterator[None]:
+    """Outside of the steps, where there is nothing to finish, SIGTERM ends the process with a message and the
+    status that a shell gives it, 143; what the run holds is let go. An `Interrupt` entered inside goes first."""
+    process = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:  # a worker that was forked meanwhile: it ends as if nothing were here
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        log.warning(
+            "stopped by SIGTERM outside of training; nothing was trained since the last checkpoint, if any"
+        )
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Interrupt:

@@ -51,7 +51,7 @@ from luthier.train.artifacts import plot_losses, write_environment, write_model_
 from luthier.train.checkpoint import Checkpoints, State
 from luthier.train.files import write_text_atomic
 from luthier.train.folder import CONFIG, RunFolder, hold_folder, publish
-from luthier.train.interrupt import Interrupt
+from luthier.train.interrupt import Interrupt, terminated_with_a_message
 from luthier.train.intervals import build_plan
 from luthier.train.loop import fit, overfitting_since
 from luthier.train.metrics import Recorder
@@ -95,7 +95,7 @@ def train(config: Config) -> RunResult:
     """
     began = time.perf_counter()
     config = with_adapter_settings(config)
-    with hold_folder(config) as opened:
+    with terminated_with_a_message(), hold_folder(config) as opened:
         trackers = Trackers(config.logging, opened.path, config.flat())
         try:
             return _train(config, opened, trackers, began)

@@ -122,6 +122,19 @@ def test_a_signal_finishes_the_step_saves_and_ends_cleanly(
     assert len(losses(folder)) == done + 2
 
 
+def test_a_signal_before_the_first_step_is_one_message(
+    run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from luthier.train import run
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(run, "load_tokenizer", lambda config: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as ended:
+        train(run_config())
+    assert ended.value.code == 143 and "stopped by SIGTERM" in caplog.text
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_damaged_checkpoints_are_passed_over(
     run_config: MakeConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

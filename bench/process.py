@@ -9,8 +9,10 @@ process small: Linux counts the parent's size as the child's until the child's o
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +22,14 @@ from bench.environments import ROOT
 
 @dataclass(frozen=True)
 class Finished:
-    """A process that ended: its exit status, start (seconds since the epoch), length and peak memory."""
+    """A process that ended: its exit status, start (seconds since the epoch), length and peak memory; whether its
+    time was up."""
 
     status: int
     started: float
     seconds: float
     peak_memory_gib: float
+    timed_out: bool = False
 
 
 def environment(scratch: Path, extra: dict[str, str]) -> dict[str, str]:
@@ -60,8 +64,16 @@ def run(
     scratch: Path,
     log: Path,
     extra: dict[str, str] | None = None,
+    timeout: float | None = None,
 ) -> Finished:
-    """Run `python -m module arguments` in `scratch` to its end."""
+    """Run `python -m module arguments` in `scratch` to its end, or kill it and what it started after `timeout`
+    seconds."""
+    timed_out = threading.Event()
+
+    def end() -> None:
+        timed_out.set()
+        os.killpg(child.pid, signal.SIGKILL)
+
     scratch.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as output:
         started = time.time()
@@ -72,17 +84,24 @@ def run(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
+        timer = threading.Timer(timeout or threading.TIMEOUT_MAX, end)
+        timer.daemon = True
+        timer.start()
         try:
             _, status, usage = os.wait4(child.pid, 0)
         except BaseException:
-            child.kill()
+            os.killpg(child.pid, signal.SIGKILL)
             child.wait()
             raise
+        finally:
+            timer.cancel()
         seconds = time.time() - started
     child.returncode = os.waitstatus_to_exitcode(status)
     unit = 1 if sys.platform == "darwin" else 1024
-    return Finished(child.returncode, started, seconds, usage.ru_maxrss * unit / 2**30)
+    peak = usage.ru_maxrss * unit / 2**30
+    return Finished(child.returncode, started, seconds, peak, timed_out.is_set())
 
 
 def tail(log: Path, lines: int = 4) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from bench.environments import ROOT
 from bench.figures import Figures, figures
+from bench.gpu import table as gpu_table
 
 RESULTS, PAGE = ROOT / "bench" / "results", ROOT / "docs" / "benchmarks.md"
 
@@ -110,7 +111,8 @@ def page(results: list[dict[str, Any]]) -> str:
     for result in sorted(results, key=lambda result: result["date"]):
         newest[result["shape"], result["loss"]] = result
     tables = [as_markdown(result) for _, result in sorted(newest.items())]
-    return "\n".join([INTRODUCTION, HOW_TO_READ, "\n\n".join(tables), ""])
+    gpu = gpu_table.section(gpu_table.load())
+    return "\n".join([INTRODUCTION, HOW_TO_READ, "\n\n".join(tables), "", gpu])
 
 
 def load(folder: Path = RESULTS) -> list[dict[str, Any]]:

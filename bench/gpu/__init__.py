@@ -1,0 +1,1 @@
+"""Luthier beside its neighbours on one NVIDIA GPU; `python -m bench.gpu`, see `__main__`."""

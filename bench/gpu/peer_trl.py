@@ -1,0 +1,58 @@
+"""TRL + PEFT: the recipe and SFTConfig's defaults, or those with Liger's kernels; the model is in bf16."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from bench.gpu.clock import LOGGED_EVERY, GpuClock, GpuJob, watch
+from bench.peers.trl import dataset_of, settings_of
+
+
+def trainer_settings(job: GpuJob) -> dict[str, Any]:
+    """For SFTConfig."""
+    settings = settings_of(job) | {"logging_steps": LOGGED_EVERY, "packing": job.packing}
+    if job.device == "cuda":
+        settings |= {"bf16": True, "use_cpu": False}
+    return settings
+
+
+def main() -> None:
+    job = GpuJob.load(sys.argv[1])
+    assert isinstance(job, GpuJob)
+    import torch
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    settings = trainer_settings(job)
+    dtype = torch.float32 if job.weights == "fp32" else torch.bfloat16
+    loading: dict[str, Any] = {"dtype": dtype}
+    if job.weights == "nf4":
+        from transformers import BitsAndBytesConfig
+
+        loading["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    settings |= {"use_liger_kernel": job.variant == "liger", "model_init_kwargs": loading}
+    lora = LoraConfig(
+        r=job.lora_r,
+        lora_alpha=job.lora_alpha,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    trainer = SFTTrainer(
+        model=job.model, args=SFTConfig(**settings), train_dataset=dataset_of(job), peft_config=lora
+    )
+    attention = trainer.model.config._attn_implementation
+    clock = GpuClock(job, note=f"attention: {attention}")
+    watch(trainer, clock)
+    trainer.train()
+    clock.report(["trl", "peft", "torch", "transformers", "accelerate", "datasets"])
+
+
+if __name__ == "__main__":
+    main()

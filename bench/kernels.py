@@ -93,7 +93,10 @@ def as_text(result: dict[str, Any]) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     where = hardware.get("gpu") or f"{hardware['cpu']}, {hardware['threads']} threads"
     sizes = ", ".join(f"{key} {value}" for key, value in shape.items() if key != "name")
-    title = f"{shape['name']} ({sizes}), {result['dtype']}, {where}; forward and backward"
+    title = (
+        f"{shape['name']} ({sizes}), {result['dtype']}, {where}; forward and backward; "
+        f"{result['load_before']} processes were busy before"
+    )
     return "\n".join([title, "", *(line.rstrip() for line in lines)])
 
 
@@ -106,6 +109,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
     )
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="where the file goes")
     chosen = parser.parse_args(given)
     if unknown := set(chosen.only.split(",")) - set(CASES):
         parser.error(f"no such op: {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
@@ -114,6 +118,7 @@ def main(given: list[str] | None = None) -> int:
     on_gpu = device.type == "cuda"
     shape, make = (LLAMA if on_gpu else SMOL), Maker(device, torch.bfloat16 if on_gpu else torch.float32)
     torch.manual_seed(0)
+    others = round(os.getloadavg()[0], 1)
     lines: list[Line] = []
     for op in chosen.only.split(","):
         print(f"{op} ...", file=sys.stderr, flush=True)
@@ -125,17 +130,18 @@ def main(given: list[str] | None = None) -> int:
     result = {
         "date": now.isoformat(timespec="seconds"),
         "commit": machine.commit(),
+        "load_before": others,
         "hardware": machine.hardware() | {"threads": torch.get_num_threads()} | _gpu(device),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "dtype": str(make.dtype).removeprefix("torch."),
         "shape": asdict(shape),
         "lines": [asdict(line) for line in lines],
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"kernels-{device.type}-{now:%Y%m%d}.json"
+    chosen.results.mkdir(parents=True, exist_ok=True)
+    path = chosen.results / f"kernels-{device.type}-{now:%Y%m%d}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(as_text(result))
-    print(f"\nwritten to bench/results/{path.name}")
+    print(f"\nwritten to {path}")
     return 0
 
 

@@ -17,8 +17,8 @@ def test_all_ops_are_measured_and_agree(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(kernels, "SMOL", TOY)
-    monkeypatch.setattr(kernels, "RESULTS", tmp_path)
-    assert kernels.main(["--device", "cpu", "--seconds", "0.01"]) == 0
+    given = ["--device", "cpu", "--seconds", "0.01", "--results", str(tmp_path)]
+    assert kernels.main(given) == 0
 
     (written,) = tmp_path.iterdir()
     text = written.read_text()

@@ -226,9 +226,11 @@ def test_fp16_scales_the_loss_and_comes_near_fp32(
     values = {"save_steps": 2, "learning_rate": 1e-3}
     train(run_config(**values, output_dir=str(tmp_path / "fp32")))
     monkeypatch.setattr(run, "choose_dtype", lambda config, device: torch.float16)
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(scaler, init_scale=2.0**24))
     train(run_config(**values, output_dir=str(tmp_path / "high")))
-    assert "step 1 is skipped: fp16 overflowed; loss scale now 32768" in capsys.readouterr().err
-    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=64.0))
+    assert "step 1 is skipped: fp16 overflowed; loss scale now 8.38861e+06" in capsys.readouterr().err
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(scaler, init_scale=64.0))
     train(run_config(**values))
     assert checkpoint.read_state(tmp_path / "run" / "checkpoint-6")[0].loss_scale["scale"] > 1
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "fp32"), atol=1e-2)

@@ -233,6 +233,7 @@ class Benchmark:
             return None
         run: Run = json.loads(Path(job.result).read_text(encoding="utf-8"))
         run["process_seconds"], run["process_memory_gib"] = done.seconds, done.peak_memory_gib
+        run["cpu_taken_by_others"] = done.elsewhere
         run["seconds_to_first_step"] = run.pop("first_step_ended") - done.started
         began = run.pop("first_step_began")
         run["seconds_to_begin_of_first_step"] = None if began is None else began - done.started

@@ -61,7 +61,7 @@ ENVIRONMENTS = {
     ),
     "axolotl": Environment(
         installs=(
-            ("--no-deps", "axolotl==0.19.0"),
+            ("--no-deps", "axolotl==0.19.0", "axolotl-contribs-lgpl==0.0.7", "axolotl-contribs-mit==0.0.6"),
             ("transformers==5.16.1", "peft==0.20.0", "accelerate==1.13.0", "datasets==4.8.4", "trl==1.9.0"),
             ("tokenizers==0.23.1", "huggingface_hub==1.17.0", "kernels==0.16.2", "torchao==0.17.0"),
             (
@@ -76,6 +76,8 @@ ENVIRONMENTS = {
                 "numba",
             ),
             ("python-dotenv", "posthog", "tensorboard", "schedulefree==1.4.1", "sentencepiece", "requests"),
+            # Imported whatever the run is.
+            ("bitsandbytes==0.50.2", "triton==3.9.0", "evaluate", "wandb", "fastcore"),
         ),
         variables={"AXOLOTL_DO_NOT_TRACK": "1"},
     ),

@@ -24,8 +24,9 @@ class Figures:
 
     Attributes:
         ratio: Luthier's speed over this one's, per round, the median. share: of the multiply peak.
-        loss_difference: the largest between a step's loss here and Luthier's. same_batches: whether its steps
-            had the same tokens as Luthier's, without which losses cannot be compared.
+        loss_difference: the largest between a step's loss here and Luthier's. first_loss_difference: of the
+            first step alone, before which every adapter is zero and no random number has had a say.
+        same_batches: whether its steps had the same tokens as Luthier's, without which losses cannot be compared.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Figures:
     memory: float
     first_step: float
     loss_difference: float | None
+    first_loss_difference: float | None
     same_batches: bool
     note: str
 
@@ -52,16 +54,12 @@ def speed(run: Run, warmup: int) -> float:
     return float(sum(step["tokens"] for step in steps) / sum(step["seconds"] for step in steps))
 
 
-def loss_difference(ours: Run, theirs: Run) -> float | None:
-    """The largest difference of a step's loss, or None where a step's tokens differ or no loss is known."""
-    if not same_batches(ours, theirs):
-        return None
-    pairs = [
-        (a["loss"], b["loss"])
-        for a, b in zip(ours["steps"], theirs["steps"], strict=True)
-        if a["loss"] is not None and b["loss"] is not None
-    ]
-    return max((abs(a - b) for a, b in pairs), default=None)
+def loss_differences(ours: Run, theirs: Run) -> list[float]:
+    """The difference of each step's loss; empty where a step's tokens differ or a loss is not known."""
+    pairs = [(a["loss"], b["loss"]) for a, b in zip(ours["steps"], theirs["steps"], strict=False)]
+    if not same_batches(ours, theirs) or any(None in pair for pair in pairs):
+        return []
+    return [abs(a - b) for a, b in pairs]
 
 
 def same_batches(ours: Run, theirs: Run) -> bool:
@@ -85,7 +83,7 @@ def _line(name: str, rounds: Rounds, peaks: list[float], result: dict[str, Any])
     both = [(runs[OURS], run) for runs, _, run in mine if OURS in runs]
     ratios = [speed(ours, warmup) / speed(run, warmup) for ours, run in both]
     shares = [4 * parameters * value / peak for value, (_, peak, _) in zip(speeds, mine, strict=True)]
-    differences = [value for ours, run in both if (value := loss_difference(ours, run)) is not None]
+    differences = [found for ours, run in both if (found := loss_differences(ours, run))]
     last = mine[-1][2]
     return Figures(
         name=name,
@@ -97,7 +95,8 @@ def _line(name: str, rounds: Rounds, peaks: list[float], result: dict[str, Any])
         share=median(shares),
         memory=median(run["process_memory_gib"] for _, _, run in mine),
         first_step=median(run["seconds_to_first_step"] for _, _, run in mine),
-        loss_difference=max(differences, default=None),
+        loss_difference=max(map(max, differences), default=None),
+        first_loss_difference=max((found[0] for found in differences), default=None),
         same_batches=all(same_batches(ours, run) for ours, run in both),
         note=last["note"],
     )

@@ -22,14 +22,19 @@ from bench.environments import ROOT
 
 @dataclass(frozen=True)
 class Finished:
-    """A process that ended: its exit status, start (seconds since the epoch), length and peak memory; whether its
-    time was up."""
+    """A process that ended.
+
+    Attributes:
+        started: seconds since the epoch. timed_out: whether its time was up. elsewhere: the part of all cores'
+            time that other programs took meanwhile, where the system tells it.
+    """
 
     status: int
     started: float
     seconds: float
     peak_memory_gib: float
     timed_out: bool = False
+    elsewhere: float | None = None
 
 
 def environment(scratch: Path, extra: dict[str, str]) -> dict[str, str]:
@@ -76,7 +81,7 @@ def run(
 
     scratch.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as output:
-        started = time.time()
+        started, busy_before = time.time(), busy_seconds()
         child = subprocess.Popen(
             [python, "-m", module, *arguments],
             cwd=scratch,
@@ -97,11 +102,26 @@ def run(
             raise
         finally:
             timer.cancel()
-        seconds = time.time() - started
+        seconds, busy_after = time.time() - started, busy_seconds()
     child.returncode = os.waitstatus_to_exitcode(status)
     unit = 1 if sys.platform == "darwin" else 1024
     peak = usage.ru_maxrss * unit / 2**30
-    return Finished(child.returncode, started, seconds, peak, timed_out.is_set())
+    elsewhere = None
+    if busy_before is not None and busy_after is not None:
+        others = busy_after - busy_before - usage.ru_utime - usage.ru_stime
+        elsewhere = max(0.0, others / (seconds * (os.cpu_count() or 1)))
+    return Finished(child.returncode, started, seconds, peak, timed_out.is_set(), elsewhere)
+
+
+def busy_seconds() -> float | None:
+    """Seconds that all cores together have worked since the machine started; None where it is not told."""
+    try:
+        fields = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:]
+    except OSError:
+        return None
+    # What a virtual machine's host gave to others (steal) is as lost as what programs here took.
+    user, nice, system, _, _, irq, softirq, steal = map(int, fields[:8])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def tail(log: Path, lines: int = 4) -> str:

@@ -14,6 +14,7 @@ from bench.figures import Figures, figures
 from bench.gpu import table as gpu_table
 
 RESULTS, PAGE = ROOT / "bench" / "results", ROOT / "docs" / "benchmarks.md"
+BUSY = 0.1  # of the machine; from there on a table says so
 
 HEADER = [
     "contender", "version", "real tokens/s", "Luthier is", "of peak", "memory GiB", "s to 1st step", "loss differs"
@@ -40,8 +41,8 @@ a process and an environment of its own, from cold caches, one after the other, 
   positions, a shared prefix) counts as if it had been done.
 - *Memory*: the most that the process had resident, code and weights included.
 - *s to 1st step*: from the command to the end of the first optimizer step.
-- *Loss differs*: the largest difference between a step's loss and Luthier's. The adapters begin at other random
-  numbers, and some count a row's first token in the mean although nothing predicts it.
+- *Loss differs*: from Luthier's, at the first step and at most. Before the first step every adapter is zero, so
+  only another way of taking the mean shows there; later the adapters' random beginnings do, too.
 """
 
 
@@ -51,7 +52,8 @@ def cells(line: Figures) -> list[str]:
     if not line.same_batches:
         loss = "other batches"
     else:
-        loss = "-" if line.loss_difference is None else f"{line.loss_difference:.4f}"
+        first, largest = line.first_loss_difference, line.loss_difference
+        loss = "-" if first is None or largest is None else f"{first:.4f} / {largest:.4f}"
     return [
         line.name,
         line.version,
@@ -81,6 +83,10 @@ def caption(result: dict[str, Any]) -> str:
 def notes(result: dict[str, Any]) -> list[str]:
     """What must be known of single contenders, and who failed."""
     lines = [f"{line.name}: {line.note}" for line in figures(result) if line.note]
+    runs = [run for entry in result["rounds"] for run in entry["runs"].values()]
+    others = max((run.get("cpu_taken_by_others") or 0 for run in runs), default=0)
+    if others > BUSY:
+        lines.append(f"the machine was not quiet: other programs took up to {others:.0%} of it during a run")
     return lines + [f"{name} failed: {reason}" for name, reason in result["failures"].items()]
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from bench.peers.common import Clock, Job, job_of_command_line, watch_trainer
 
+NOTE = "its loss weighs every micro batch alike, however long its rows"
+
 
 def config_of(job: Job) -> dict[str, Any]:
     """The run; whatever is not of the recipe is left at Axolotl's default."""
@@ -30,6 +32,10 @@ def config_of(job: Job) -> dict[str, Any]:
         "lora_alpha": job.lora_alpha,
         "lora_dropout": 0.0,
         "lora_target_linear": True,
+        # Its own kernels, otherwise on by default, are Triton's and want a GPU.
+        "lora_mlp_kernel": False,
+        "lora_qkv_kernel": False,
+        "lora_o_kernel": False,
         "sequence_len": job.sequence_len,
         "micro_batch_size": job.micro_batch_size,
         "gradient_accumulation_steps": job.gradient_accumulation_steps,
@@ -54,7 +60,7 @@ def main() -> None:
 
     config = Path(job.scratch) / "run.yml"
     config.write_text(yaml.safe_dump(config_of(job), sort_keys=False), encoding="utf-8")
-    clock = Clock()
+    clock = Clock(note=NOTE)
     axolotl_plugin.on_trainer = lambda trainer: watch_trainer(trainer, clock)
     do_cli(config=str(config))
     clock.report(job, ["axolotl", "torch", "transformers", "peft", "trl", "accelerate"])

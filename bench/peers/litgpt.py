@@ -59,6 +59,13 @@ def main() -> None:
         return optimizer
 
     lora.instantiate_torch_optimizer = watched_optimizer
+    make_batches = lora.CycleIterator
+
+    def watched_batches(loader: Any) -> Any:
+        clock.begin()
+        return make_batches(loader)
+
+    lora.CycleIterator = watched_batches
     lora.get_lr_scheduler = lambda optimizer, **_: torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 1.0
     )

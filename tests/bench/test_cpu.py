@@ -14,7 +14,7 @@ import pytest
 from bench import cpu, machine, process, rows, table
 from bench.contenders import CONTENDERS
 from bench.environments import ENVIRONMENTS, ROOT, SetupError, interpreter, set_up
-from bench.figures import figures, loss_difference, speed
+from bench.figures import figures, loss_differences, speed
 from bench.peers.common import Clock, Job, real_tokens
 from bench.shapes import SHAPES
 
@@ -83,8 +83,10 @@ def test_a_contender_that_failed_in_a_later_round_keeps_its_rounds() -> None:
 
 def test_losses_are_compared_only_where_the_steps_have_the_same_tokens() -> None:
     ours = run_of(1, losses=[3.0, 2.0, 1.0])
-    assert loss_difference(ours, run_of(1, losses=[3.0, 2.5, 1.1])) == pytest.approx(0.5)
-    assert loss_difference(ours, run_of(1, tokens=99)) is None
+    assert loss_differences(ours, run_of(1, losses=[3.1, 2.5, 1.0])) == pytest.approx([0.1, 0.5, 0.0])
+    assert loss_differences(ours, run_of(1, tokens=99)) == []
+    line = figures(result_of([{"luthier": ours, "trl": run_of(1, losses=[3.1, 2.5, 1.0])}]))[1]
+    assert table.cells(line)[-1] == "0.1000 / 0.5000"
     line = figures(result_of([{"luthier": ours, "trl": run_of(1, tokens=99)}]))[1]
     assert table.cells(line)[-1] == "other batches"
 
@@ -97,6 +99,14 @@ def test_tables_hold_every_line_and_note() -> None:
         assert "trl: a note" in text and "unsloth failed: status 1: it fell" in text
     text_lines = table.as_markdown(result).splitlines()
     assert len({line.count("|") for line in text_lines if line.startswith("|")}) == 1
+
+
+def test_a_table_says_that_the_machine_was_busy() -> None:
+    busy = result_of([{"luthier": run_of(0.1) | {"cpu_taken_by_others": 0.4}}])
+    assert "took up to 40%" in table.as_text(busy)
+    assert "took up to" not in table.as_text(
+        result_of([{"luthier": run_of(0.1) | {"cpu_taken_by_others": 0.02}}])
+    )
 
 
 def test_the_page_shows_the_newest_result_of_each_kind() -> None:
@@ -210,6 +220,7 @@ def test_memory_and_status_of_a_process_are_seen_from_outside(tmp_path: Path) ->
     )
     done = process.run(sys.executable, "hungry", [], scratch=tmp_path, log=tmp_path / "log")
     assert done.status == 3 and done.peak_memory_gib > 0.19
+    assert done.elsewhere is None or 0 <= done.elsewhere <= 1
     assert process.tail(tmp_path / "log") == ""
 
 

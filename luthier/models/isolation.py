@@ -22,8 +22,10 @@ from luthier.models.policy import Policy
 
 log = logging.getLogger("luthier")
 
-# Largest difference allowed between two ways of computing the same logits, relative to the logits' spread.
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# Largest difference allowed between two ways of computing the same vector of a token, relative to its norm. In 16
+# bits rounding adds up over the layers: to 0.07 in bf16 with 32 of large random weights. A neighbour that is seen
+# changes a vector by about its whole length.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 3e-2, torch.bfloat16: 1.5e-1}
 _LENGTHS = (9, 21, 5)
 # A forest of three documents, 8 + 7 + 9, 8 + 7 + 4 and 8 + 11 tokens: the 8 are shared by all, the 7 by two.
 _SEGMENTS, _PARENTS = (8, 7, 9, 4, 11), (-1, 0, 1, 1, 0)
@@ -174,5 +176,7 @@ def _cu(lengths: list[int], device: torch.device) -> torch.Tensor:
 
 
 def _same(one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether each token's vector is the same, to within rounding. A norm over all logits of a token tells more than
+    the largest difference, which grows with the vocabulary."""
     one, other = one.float(), other.float()
-    return bool((one - other).abs().max() <= TOLERANCE[dtype] * other.std())
+    return bool(((one - other).norm(dim=-1) <= TOLERANCE[dtype] * other.norm(dim=-1)).all())

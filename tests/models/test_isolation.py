@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from luthier.kernels.document_layout import layout_of
 from luthier.models.attention import NAME
 from luthier.models.isolation import build_policy, prove
 from luthier.models.load import use_flat_attention
@@ -79,6 +80,22 @@ def test_a_leak_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(attention.AttentionInterface._global_mapping, NAME, leaky)
     proof = prove(model, 64)
     assert not proof.flat and "see each other" in proof.why
+
+
+def test_rounding_of_a_deep_model_in_16_bits_is_no_leak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixty layers of bf16 round away several hundredths of a vector; a neighbour that is seen changes far more."""
+    from luthier.models import attention
+
+    model = toy_model("llama", num_hidden_layers=60)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.7)
+    model = model.bfloat16()
+    use_flat_attention(model)
+    proof = prove(model, sequence_len=64)
+    assert proof.flat and proof.own_head and not proof.why_not_shared
+    monkeypatch.setattr(attention, "layout_of", lambda lengths, _=None: layout_of((sum(lengths),)))
+    assert "see each other" in prove(model, sequence_len=64).why
 
 
 def test_longrope_switch_is_respected() -> None:

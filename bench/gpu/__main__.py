@@ -362,8 +362,8 @@ class Benchmark:
 def why(log: Path) -> str:
     """What a log ends with that says why: the error's own line, or else the last ones."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    told = [line for line in lines if re.match(r"\S*(Error|Exception|OutOfMemory)\S*\b", line)]
-    return (told[-1] if told else " / ".join(line.strip() for line in lines[-3:]))[:400]
+    told = [index for index, line in enumerate(lines) if re.match(r"\S*(Error|Exception)\b", line)]
+    return " ".join(line.strip() for line in (lines[told[-1] :] if told else lines[-3:]))[:400]
 
 
 def say(line: str) -> None:

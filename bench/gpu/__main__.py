@@ -198,7 +198,7 @@ class Benchmark:
         found = check.check(sys.executable, self.work, self.environment, timeout)
         found["failed"] = [self._clean(name) for name in found["failed"]]
         self.result["check"] = found
-        for name in found["failed"]:
+        for name in found["failed"][:20]:
             say(f"  failed: {name}")
         say(f"  {found['summary']}, {found['seconds']:.0f} s")
 

@@ -12,6 +12,7 @@ class Contender:
     Attributes:
         environment: of `environments.py`. module: of `bench/peers/`. variant: given to it with the job.
         checkpoint: the module that makes the model folder in this one's own format, once, outside of all timing.
+        families: the models that it knows, of those that `shapes.py` has.
     """
 
     name: str
@@ -19,6 +20,7 @@ class Contender:
     module: str
     variant: str = "default"
     checkpoint: str | None = None
+    families: tuple[str, ...] = ("llama", "qwen3")
 
 
 CONTENDERS = {
@@ -31,6 +33,6 @@ CONTENDERS = {
         Contender("axolotl", "axolotl", "axolotl"),
         Contender("llamafactory", "llamafactory", "llamafactory"),
         Contender("litgpt", "litgpt", "litgpt", checkpoint="litgpt_checkpoint"),
-        Contender("torchtune", "torchtune", "torchtune"),
+        Contender("torchtune", "torchtune", "torchtune", families=("llama",)),
     )
 }

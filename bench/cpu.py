@@ -78,12 +78,17 @@ def main(given: list[str] | None = None) -> int:
         return set_up(work, list(environments.ENVIRONMENTS) if "all" in chosen.setup else chosen.setup)
     pythons = found_pythons(chosen, work)
     names = [name for name in chosen.only.split(",") if name] or list(CONTENDERS)
-    contenders = [CONTENDERS[name] for name in names if CONTENDERS[name].environment in pythons]
-    for name in names:
-        if CONTENDERS[name] not in contenders:
+    family = SHAPES[chosen.shape].family
+    contenders = []
+    for contender in (CONTENDERS[name] for name in names):
+        if family not in contender.families:
+            say(f"skipped: {contender.name} has no {family} models")
+        elif contender.environment not in pythons:
             say(
-                f"skipped: {name} is not set up; `python -m bench.cpu --setup {CONTENDERS[name].environment}`"
+                f"skipped: {contender.name} is not set up; `python -m bench.cpu --setup {contender.environment}`"
             )
+        else:
+            contenders.append(contender)
     if not contenders:
         return 1
     result = Benchmark(chosen, work, pythons).measure(contenders)

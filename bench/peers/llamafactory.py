@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.peers.common import Clock, Job, job_of_command_line, watch_trainer
 
-NOTE = "its loss counts the first token of every row in the mean, although nothing predicts it"
+NOTE = "where prompts are trained on, its mean counts the first token of every row, which nothing predicts"
 
 
 def arguments_of(job: Job, data: Path) -> dict[str, Any]:

@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 
 from luthier.models.load import decoder_of, embeddings_of, text_config_of
 
-# Tokens of a pass on a CPU. Matrix multiplies are at their full speed by then, and with more the activations outgrow
-# the caches: at SmolLM2-135M's shape, LoRA on all linear layers, one core, passes of 256 / 512 / 1024 / 2048 / 4096
-# tokens gave 626 / 619 / 557 / 445 / 315 tokens a CPU second (3 of its layers, and the head).
-CPU_TOKENS = 512
+# Tokens of a pass on a CPU. Matrix multiplies are at their full speed long before, but more documents in a pass share
+# more of what they begin with: at SmolLM2-135M's shape with 8 of its layers, 32 Alpaca rows a step, passes of 512 /
+# 1024 / 2048 / 4096 tokens gave 324 / 354 / 389 / 366 tokens a CPU second (262 / 266 / 291 / 289 without sharing).
+CPU_TOKENS = 2048
 # Tokens of the pass that is measured on CUDA.
 PROBE_TOKENS = 2048
 

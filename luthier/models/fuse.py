@@ -21,6 +21,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from luthier.models import attention
 from luthier.models.fused import KINDS, AttentionCall, Fused, FusedAttention, FusedLayer
+from luthier.models.kinds import looks, one_of_each_layer
 from luthier.models.load import decoder_of, embeddings_of
 from luthier.models.lora import lora_layers
 from luthier.models.policy import Policy
@@ -109,29 +110,8 @@ def _kinds(decoder: nn.Module) -> list[Kind]:
     for fused in KINDS:
         for module in decoder.modules():
             if next(fused.candidates(module), None) is not None:
-                found.setdefault((fused, _looks(module)), Kind(fused, [])).modules.append(module)
+                found.setdefault((fused, looks(module)), Kind(fused, [])).modules.append(module)
     return list(found.values())
-
-
-def _looks(module: nn.Module) -> Any:
-    """All that may make two modules compute differently: classes, settings, shapes and formats of every part."""
-    looks = []
-    for name, part in module.named_modules():
-        settings = tuple(
-            sorted(
-                (key, value)
-                for key, value in vars(part).items()
-                if isinstance(value, int | float | str | bool)
-                and not key.startswith("_")
-                and key not in ("training", "layer_idx", "layer", "layer_index")
-            )
-        )
-        tensors = tuple(
-            (key, tuple(p.shape), p.dtype, p.device, p.requires_grad)
-            for key, p in part.named_parameters(recurse=False)
-        )
-        looks.append((name, type(part), settings, tensors))
-    return tuple(looks)
 
 
 def _inputs(model: PreTrainedModel, decoder: nn.Module, kinds: list[Kind]) -> dict[int, AttentionCall]:
@@ -164,7 +144,7 @@ def _inputs(model: PreTrainedModel, decoder: nn.Module, kinds: list[Kind]) -> di
     )
     positions = torch.cat([torch.arange(n) for n in _LENGTHS])
     cu = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
-    with ExitStack() as stack, torch.no_grad(), attention.flat_pass():
+    with ExitStack() as stack, torch.no_grad(), attention.flat_pass(), one_of_each_layer(model):
         for kind in kinds:
             handle = kind.modules[0].register_forward_pre_hook(note(kind), with_kwargs=True)
             stack.callback(handle.remove)
@@ -189,8 +169,8 @@ def _try(kind: Kind, spied: dict[int, AttentionCall]) -> None:
     if kind.call is None:
         kind.why = "a pass of the model does not call it"
         return
-    calls = [spied.get(id(module)) for module in kind.modules]
-    if kind.fused is FusedAttention and (calls[0] is None or any(call != calls[0] for call in calls)):
+    calls = [spied[id(module)] for module in kind.modules if id(module) in spied]
+    if kind.fused is FusedAttention and (not calls or any(call != calls[0] for call in calls)):
         kind.why = "it does not attend through the function that transformers registers"
         return
     extra = {"call": calls[0]} if kind.fused is FusedAttention else {}

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from luthier.models import attention
+from luthier.models.kinds import one_of_each_layer
 from luthier.models.load import embeddings_of
 from luthier.models.lora import DropoutState
 from luthier.models.policy import Policy
@@ -59,29 +60,36 @@ def build_policy(model: PreTrainedModel, dropout: DropoutState | None, sequence_
 def prove(model: PreTrainedModel, sequence_len: int) -> Proof:
     """Compare flat against alone, and our head against the model's, on random tokens; leaves no trace."""
     was_training = model.training
+    model.eval()
+    try:
+        with one_of_each_layer(model):
+            return _prove(model, sequence_len)
+    except IndexError:  # a forward that counts its layers by the config
+        return _prove(model, sequence_len)
+    finally:
+        model.train(was_training)
+
+
+def _prove(model: PreTrainedModel, sequence_len: int) -> Proof:
     embeddings = embeddings_of(model).weight
     device, vocabulary = embeddings.device, int(embeddings.shape[0])
     generator = torch.Generator().manual_seed(0)
-    model.eval()
-    try:
-        documents = [torch.randint(vocabulary, (n,), generator=generator).to(device) for n in _LENGTHS]
-        expected = [_own_logits(model, ids) for ids in documents]
-        alone = Policy(model, flat=False)
-        hidden = [
-            alone.hidden(ids, torch.arange(len(ids), device=device), [len(ids)], _cu([len(ids)], device))
-            for ids in documents
-        ]
-        own_head = all(_same(alone.logits(h), e, h.dtype) for h, e in zip(hidden, expected, strict=True))
-        why = _why_not_flat(model, sequence_len) or _try_flat(model, documents, hidden)
-        flat = own_head and not why
-        return Proof(
-            flat=flat,
-            own_head=own_head,
-            why=why or "its head must be run by itself",
-            why_not_shared=_try_shared(model, generator) if flat else "documents run one per pass",
-        )
-    finally:
-        model.train(was_training)
+    documents = [torch.randint(vocabulary, (n,), generator=generator).to(device) for n in _LENGTHS]
+    expected = [_own_logits(model, ids) for ids in documents]
+    alone = Policy(model, flat=False)
+    hidden = [
+        alone.hidden(ids, torch.arange(len(ids), device=device), [len(ids)], _cu([len(ids)], device))
+        for ids in documents
+    ]
+    own_head = all(_same(alone.logits(h), e, h.dtype) for h, e in zip(hidden, expected, strict=True))
+    why = _why_not_flat(model, sequence_len) or _try_flat(model, documents, hidden)
+    flat = own_head and not why
+    return Proof(
+        flat=flat,
+        own_head=own_head,
+        why=why or "its head must be run by itself",
+        why_not_shared=_try_shared(model, generator) if flat else "documents run one per pass",
+    )
 
 
 def _own_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

@@ -13,9 +13,11 @@ Shapes: (1, heads, T, head_dim) as transformers passes them; T counts the tokens
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +33,9 @@ log = logging.getLogger("luthier")
 
 NAME = "luthier"
 
-# Queries of one masked SDPA call: SDPA on a CPU turns a mask into floats, queries x keys of them.
+# Masks up to this size are kept (1 MiB in fp32).
+_REMEMBERED_FLOATS = 2**18
+# Queries of one masked SDPA call, which bounds its mask: queries x keys numbers.
 _MASKED_ROWS = 1024
 
 # Masks are made once at the top of a model's forward, where no argument of ours arrives; this tells the mask
@@ -161,10 +165,8 @@ def attend(
         ]
         return torch.cat(outs, 2)
     if causal and (before or (window is not None and window < length)):
-        mask = torch.ones(length, seen, dtype=torch.bool, device=query.device).tril(before)
-        if window is not None and window < seen:
-            mask = mask.triu(before + 1 - window)
-        causal = False
+        make = _branch_mask if length * seen <= _REMEMBERED_FLOATS else _branch_mask.__wrapped__
+        mask, causal = make(length, seen, before, window, query.dtype, query.device), False
     if mask is not None and mask.dim() == 4:
         mask = mask[..., :seen]
     if softcap is not None or sinks is not None:
@@ -175,6 +177,18 @@ def attend(
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=grouped
     )
+
+
+# All layers of a pass ask for the same few masks, as numbers to add, which is what SDPA makes of a boolean one.
+@lru_cache(maxsize=64)
+def _branch_mask(
+    length: int, seen: int, before: int, window: int | None, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """(length, seen): 0 where a query that `before` keys precede may attend, -inf elsewhere."""
+    allowed = torch.ones(length, seen, dtype=torch.bool, device=device).tril(before)
+    if window is not None and window < seen:
+        allowed = allowed.triu(before + 1 - window)
+    return torch.zeros(length, seen, dtype=dtype, device=device).masked_fill_(~allowed, -math.inf)
 
 
 def _explicit(

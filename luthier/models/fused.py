@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from luthier.kernels.gated import gated_forward
 from luthier.kernels.gated_mlp import gated_mlp
 from luthier.kernels.lora_linear import Linear, lora_linears, stack
-from luthier.kernels.rms_norm import rms_norm
+from luthier.kernels.rms_norm import add_rms_norm, rms_norm
 from luthier.kernels.rotary import rotary
 from luthier.models import attention
 from luthier.models.lora import LoRALinear
@@ -59,7 +59,7 @@ class FusedNorm(Fused):
     def __init__(self, module: nn.Module, offset: float, cast_before_weight: bool) -> None:
         super().__init__(module)
         self.eps = _eps(module)
-        self.offset, self.cast_before_weight = offset, cast_before_weight
+        self.form: dict[str, Any] = dict(offset=offset, cast_before_weight=cast_before_weight)
 
     @classmethod
     def candidates(cls, module: nn.Module) -> Iterator[dict[str, Any]]:
@@ -71,13 +71,11 @@ class FusedNorm(Fused):
                     yield dict(offset=offset, cast_before_weight=cast)
 
     def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return rms_norm(
-            hidden_states,
-            self.module.weight,
-            self.eps,
-            offset=self.offset,
-            cast_before_weight=self.cast_before_weight,
-        )
+        return rms_norm(hidden_states, self.module.weight, self.eps, **self.form)
+
+    def add(self, added: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of a residual sum, and the sum."""
+        return add_rms_norm(added, residual, self.module.weight, self.eps, **self.form)
 
 
 class Stack:
@@ -273,8 +271,14 @@ class FusedLayer(Fused):
         if rows is not None:
             x = x.index_select(1, rows)
             added = added if own else added.index_select(1, rows)
-        x = x + self._scaled(after(added) if after else added)
-        added = m.mlp(before_mlp(x) if before_mlp else x)
+        added = self._scaled(after(added) if after else added)
+        norm = before_mlp.__dict__.get("forward") if before_mlp else None
+        if isinstance(norm, FusedNorm):
+            normed, x = norm.add(added, x)
+        else:
+            x = x + added
+            normed = before_mlp(x) if before_mlp else x
+        added = m.mlp(normed)
         added = added[0] if isinstance(added, tuple) else added
         return x + self._scaled(after_mlp(added) if after_mlp else added)
 

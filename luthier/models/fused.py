@@ -142,7 +142,6 @@ class FusedAttention(Fused):
     def __init__(self, module: nn.Module, call: AttentionCall, inputs: tuple[str, ...], rope: bool) -> None:
         super().__init__(module)
         self.call, self.inputs, self.rope = call, inputs, rope
-        self.output = "o_proj"
         self.stack = Stack()
 
     @classmethod
@@ -191,7 +190,7 @@ class FusedAttention(Fused):
         out = out.flatten(2)
         if label_rows is not None:
             out = out.index_select(1, label_rows)
-        return getattr(m, self.output)(out), None
+        return m.o_proj(out), None
 
     def _heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query, key and value, each (1, heads, T, head_dim)."""

@@ -6,12 +6,10 @@ config -> device, tokenizer, data -> model -> policy (proven) -> optimizer, step
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +25,6 @@ from luthier.data.formats import prompt_example
 from luthier.data.loader import StepLoader
 from luthier.data.render import Renderer
 from luthier.data.tokenizer import load_tokenizer, terminator_ids
-from luthier.errors import RunError
 from luthier.evaluate.loss import evaluate_loss
 from luthier.evaluate.samples import Sampler, validation_prompts
 from luthier.generate.engine import Engine, default_terminators
@@ -46,35 +43,20 @@ from luthier.models.isolation import build_policy
 from luthier.models.memory import PROBE_TOKENS, Budget, choose_budget
 from luthier.models.policy import Policy
 from luthier.objectives.sft import sft
-from luthier.train import checkpoint
-from luthier.train.artifacts import plot_losses, write_environment, write_model_card
+from luthier.train.artifacts import write_environment
 from luthier.train.checkpoint import Checkpoints, State
 from luthier.train.files import write_text_atomic
-from luthier.train.folder import CONFIG, RunFolder, hold_folder, publish
+from luthier.train.finish import RunResult, finish
+from luthier.train.folder import CONFIG, RunFolder, hold_folder
 from luthier.train.interrupt import Interrupt, terminated_with_a_message
 from luthier.train.intervals import build_plan
-from luthier.train.loop import fit, overfitting_since
+from luthier.train.loop import fit
 from luthier.train.metrics import Recorder
 from luthier.train.optim import Masters, build_optimizer, clip_gradients, schedule
 from luthier.train.resume import resume, say_changes
 from luthier.train.trackers import Trackers
 
 log = logging.getLogger("luthier")
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a run came to.
-
-    Attributes:
-        finished: false if a signal ended it before its last step.
-        state: where it stands. summary: the figures of the model card.
-    """
-
-    output_dir: Path
-    finished: bool
-    state: State
-    summary: dict[str, Any] = field(default_factory=dict)
 
 
 def command(
@@ -204,56 +186,7 @@ def _train(config: Config, opened: RunFolder, trackers: Trackers, began: float) 
                 f"Go on with the same command and --resume_from_checkpoint auto"
             )
             return RunResult(folder, False, state)
-    return _finish(config, folder, state, checkpoints, masters, recorder, len(data.train))
-
-
-def _finish(
-    config: Config,
-    folder: Path,
-    state: State,
-    checkpoints: Checkpoints,
-    masters: Masters,
-    recorder: Recorder,
-    examples: int,
-) -> RunResult:
-    """The result at the top of the run folder: adapter or model, tokenizer, card, plot."""
-    kept = state.step
-    if config.output.load_best_model_at_end and state.best_step is not None and state.best_step != state.step:
-        best = folder / f"checkpoint-{state.best_step}"
-        what = f"the model of step {state.best_step}"
-        if problem := checkpoint.damage(best):
-            recorder.say(
-                f"warning: {what} was the best and cannot be kept, the last one is: {best}: {problem}"
-            )
-        else:
-            kept = state.best_step
-            masters.load(checkpoint.read_masters(best))
-            recorder.say(f"{what} is kept: it had the lowest eval loss ({state.best_loss:.4f})")
-    summary = {
-        "steps": state.step,
-        "kept_step": kept,
-        "tokens": state.tokens,
-        "computed_tokens": state.computed_tokens,
-        "trained_tokens": state.trained_tokens,
-        "seconds": state.seconds,
-        "examples": examples,
-        "best_eval_loss": state.best_loss,
-        "best_step": state.best_step,
-        "overfitting_since": overfitting_since(state),
-        "final_loss": _last_loss(folder),
-    }
-    try:
-        publish(folder, checkpoints.write_model)
-        write_model_card(folder, config, summary)
-        plot_losses(folder)
-    except OSError as error:
-        last = checkpoint.latest(folder)
-        raise RunError(f"{folder}: the result cannot be written: {error}; it is whole in {last}") from error
-    what = "adapter" if config.adapter.adapter else "model"
-    recorder.say(
-        f"done: {state.step} steps, {state.trained_tokens:,} trained tokens; the {what} is in {folder}"
-    )
-    return RunResult(folder, True, state, summary)
+    return finish(config, folder, state, checkpoints, masters, recorder, len(data.train))
 
 
 def _loader(config: Config, dataset: TokenDataset, *, alone: bool, share: bool) -> StepLoader:
@@ -402,11 +335,3 @@ def _job(config: Config, data: PreparedData, masters: Masters, loader: StepLoade
         "optimizer": config.training.optimizer,
         "parameters": {name: list(master.shape) for name, master in masters.masters.items()},
     }
-
-
-def _last_loss(folder: Path) -> float | None:
-    last = None
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        last = row.get("loss", last)
-    return last

@@ -1,0 +1,90 @@
+"""The end of a run: what it leaves at the top of its folder, and what it came to."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from luthier.config import Config
+from luthier.errors import RunError
+from luthier.train import checkpoint
+from luthier.train.artifacts import plot_losses, write_model_card
+from luthier.train.checkpoint import Checkpoints, State
+from luthier.train.folder import publish
+from luthier.train.loop import overfitting_since
+from luthier.train.metrics import Recorder
+from luthier.train.optim import Masters
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to.
+
+    Attributes:
+        finished: false if a signal ended it before its last step.
+        state: where it stands. summary: the figures of the model card.
+    """
+
+    output_dir: Path
+    finished: bool
+    state: State
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+def finish(
+    config: Config,
+    folder: Path,
+    state: State,
+    checkpoints: Checkpoints,
+    masters: Masters,
+    recorder: Recorder,
+    examples: int,
+) -> RunResult:
+    """The result at the top of the run folder: adapter or model, tokenizer, card, plot."""
+    kept = state.step
+    if config.output.load_best_model_at_end and state.best_step is not None and state.best_step != state.step:
+        best = folder / f"checkpoint-{state.best_step}"
+        what = f"the model of step {state.best_step}"
+        if problem := checkpoint.damage(best):
+            recorder.say(
+                f"warning: {what} was the best and cannot be kept, the last one is: {best}: {problem}"
+            )
+        else:
+            kept = state.best_step
+            masters.load(checkpoint.read_masters(best))
+            recorder.say(f"{what} is kept: it had the lowest eval loss ({state.best_loss:.4f})")
+    summary = {
+        "steps": state.step,
+        "kept_step": kept,
+        "tokens": state.tokens,
+        "computed_tokens": state.computed_tokens,
+        "trained_tokens": state.trained_tokens,
+        "seconds": state.seconds,
+        "examples": examples,
+        "best_eval_loss": state.best_loss,
+        "best_step": state.best_step,
+        "overfitting_since": overfitting_since(state),
+        "final_loss": last_loss(folder),
+    }
+    try:
+        publish(folder, checkpoints.write_model)
+        write_model_card(folder, config, summary)
+        plot_losses(folder)
+    except OSError as error:
+        last = checkpoint.latest(folder)
+        raise RunError(f"{folder}: the result cannot be written: {error}; it is whole in {last}") from error
+    what = "adapter" if config.adapter.adapter else "model"
+    recorder.say(
+        f"done: {state.step} steps, {state.trained_tokens:,} trained tokens; the {what} is in {folder}"
+    )
+    return RunResult(folder, True, state, summary)
+
+
+def last_loss(folder: Path) -> float | None:
+    last = None
+    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        last = row.get("loss", last)
+    return last

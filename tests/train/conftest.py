@@ -45,6 +45,7 @@ def run_config(rows_file: Path, toy_llama_dir: Path, tmp_path: Path) -> Callable
                 "max_steps": 6,
                 "logging_steps": 1,
                 "sequence_len": 512,
+                "bf16": False,  # a CPU with matrix units for bf16 would use them
                 "output_dir": str(tmp_path / "run"),
                 **values,
             }

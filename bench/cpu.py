@@ -77,7 +77,7 @@ def main(given: list[str] | None = None) -> int:
     if chosen.setup:
         return set_up(work, list(environments.ENVIRONMENTS) if "all" in chosen.setup else chosen.setup)
     pythons = found_pythons(chosen, work)
-    names = [name for name in chosen.only.split(",") if name] or list(CONTENDERS)
+    names = [name for name in chosen.only.split(",") if name] or [n for n, c in CONTENDERS.items() if not c.by_name]
     family = SHAPES[chosen.shape].family
     contenders = []
     for contender in (CONTENDERS[name] for name in names):

@@ -24,7 +24,7 @@ ROWS_FOR_TOKENIZER = 20_000
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder's shape; `family` is a transformers model type."""
+    """A decoder's shape; `family` is a transformers model type, `stored` the dtype of its files."""
 
     family: str
     vocab_size: int
@@ -37,6 +37,7 @@ class Shape:
     max_position_embeddings: int = 8192
     rope_theta: float = 100_000.0
     tie_word_embeddings: bool = True
+    stored: str = "float32"
 
     def linears(self) -> list[tuple[str, int, int]]:
         """Name, inputs and outputs of a layer's linear maps."""
@@ -66,8 +67,10 @@ SHAPES = {
     "tiny": Shape("llama", 8192, 256, 768, 8, 4, 4, 64),
     # SmolLM2-135M's.
     "135m": Shape("llama", 49_152, 576, 1536, 30, 9, 3, 64),
-    # Qwen3-0.6B's, with the large vocabulary of its family.
-    "0.6b-vocab": Shape("qwen3", 151_936, 1024, 3072, 28, 16, 8, 128, rope_theta=1_000_000.0),
+    # Qwen3-0.6B's, with the large vocabulary of its family, in bf16 as it is published; everybody computes in fp32.
+    "0.6b-vocab": Shape(
+        "qwen3", 151_936, 1024, 3072, 28, 16, 8, 128, rope_theta=1_000_000.0, stored="bfloat16"
+    ),
 }
 
 
@@ -78,6 +81,7 @@ def build(shape: Shape, folder: Path, seed: int = 0) -> None:
 
     tokenizer = build_tokenizer(min(shape.vocab_size, LARGEST_TOKENIZER))
     values: dict[str, Any] = asdict(shape)
+    stored = getattr(torch, values.pop("stored"))
     config = AutoConfig.for_model(
         values.pop("family"),
         **values,
@@ -87,7 +91,7 @@ def build(shape: Shape, folder: Path, seed: int = 0) -> None:
         architectures=None,
     )
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(stored)
     partial = folder.with_name(folder.name + ".partial")
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)

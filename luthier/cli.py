@@ -39,7 +39,13 @@ VERBS: dict[str, Verb] = {
         "luthier.data.preview:preview", "Show rows as they will be trained.", takes_overrides=True
     ),
     "validate": Verb("luthier.data.preview:validate", "Check a config and its data.", takes_overrides=True),
+    "plan": Verb(
+        "luthier.plan.command:command", "Say what a run will need: memory, time, cost.", takes_overrides=True
+    ),
     "generate": Verb("luthier.generate.cli:command", "Let a model or a run answer."),
+    "merge-lora": Verb(
+        "luthier.export.command:command", "Merge an adapter, or several, into the base.", takes_overrides=True
+    ),
     "demo": Verb("luthier.demo.command:demo", "Train a tiny model and see that it learned."),
     "config-schema": Verb(
         "luthier.config.reference:command", "Print the JSON Schema of the config, for editors."

@@ -147,7 +147,7 @@ def _version(package: str) -> str | None:
 def _devices(problems: list[str]) -> list[dict[str, Any]]:
     import torch
 
-    from luthier.models.device import bf16_is_fast
+    from luthier.models.device import WIDE, bf16_is_fast
 
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
@@ -160,6 +160,8 @@ def _devices(problems: list[str]) -> list[dict[str, Any]]:
     for device in devices:
         name, total, free = _about(device)
         auto = "bf16" if bf16_is_fast(device) else "fp16" if device.type == "cuda" else "fp32"
+        if auto == "bf16" and device.type == "cpu":
+            auto = f"bf16 from hidden size {WIDE} on, else fp32"
         kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         rows.append(
             {

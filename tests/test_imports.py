@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"config"},
     "models": {"config", "kernels"},
     "objectives": {"kernels"},
-    "plan": {"config", "data", "models"},
+    "plan": {"config", "data", "kernels", "models"},
     "generate": {"config", "data", "models"},
     "export": {"config", "data", "models"},
     "evaluate": {"config", "data", "models", "kernels", "generate"},
@@ -42,7 +42,8 @@ ALLOWED: dict[str, set[str]] = {
 }
 OF_MODULE: dict[str, set[str]] = {
     "train.loop": set(),
-    "train.run": EVERYTHING - {"demo", "doctor", "export", "plan"},
+    "train.run": EVERYTHING - {"demo", "doctor", "export"},
+    "train.finish": {"config", "plan"},
 }
 OF_LOOP = {"train.metrics", "train.checkpoint"}
 

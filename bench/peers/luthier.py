@@ -13,6 +13,18 @@ from pathlib import Path
 
 from bench.peers.common import Clock, Job, job_of_command_line
 
+# Beside the recipe: recomputation as the neighbours have it on, and a base in 4 bits.
+VARIANTS: dict[str, dict[str, object]] = {
+    "default": {},
+    "lean": {"gradient_checkpointing": True},
+    "qlora": {"adapter": "qlora"},
+}
+NOTES = {
+    "default": "",
+    "lean": "gradient_checkpointing: true",
+    "qlora": "the base in NF4 with double quantisation, so that its loss is another",
+}
+
 
 def config_of(job: Job) -> dict[str, object]:
     """The run as flat keys."""
@@ -23,7 +35,7 @@ def config_of(job: Job) -> dict[str, object]:
         "no_input_format": "{instruction}",
         "field_input": "none",
     }
-    return {
+    recipe: dict[str, object] = {
         "base_model": job.model,
         "datasets": [{"path": job.rows, "ds_type": "json", "type": verbatim}],
         "train_on_inputs": job.whole,
@@ -48,6 +60,7 @@ def config_of(job: Job) -> dict[str, object]:
         "device_map": "cpu",
         "bf16": False,
     }
+    return recipe | VARIANTS[job.variant]
 
 
 class Tail(threading.Thread):
@@ -83,7 +96,7 @@ def main() -> None:
     tail.done.set()
     tail.join()
 
-    clock, before = Clock(), 0
+    clock, before = Clock(note=NOTES[job.variant]), 0
     rows = [row for row in map(json.loads, metrics.read_text(encoding="utf-8").splitlines()) if "loss" in row]
     clock.began = tail.stamps[0] - rows[0]["seconds"]
     for row, stamp in zip(rows, tail.stamps, strict=True):

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from luthier.config.datasets import DatasetEntry, UserPrompt
-from luthier.config.schema import FIELDS, SECTIONS, SpecialTokens
+from luthier.config.schema import FIELDS, SECTIONS, LoftQ, LrGroup, SpecialTokens
 
 # Names that other tools use, and what to write here.
 ELSEWHERE: dict[str, str] = {
@@ -25,11 +25,18 @@ ELSEWHERE: dict[str, str] = {
     "max_length": "Write sequence_len.",
     "cutoff_len": "Write sequence_len.",
     "lora_rank": "Write lora_r.",
+    "peft": "Write what is inside it at the top level, such as `loftq_config: {loftq_bits: 4}`.",
+    "use_dora": "Write `peft_use_dora: true`.",
+    "init_lora_weights": "Write peft_init_lora_weights.",
+    "target_parameters": "Write lora_target_parameters.",
+    "pissa_init": "Write `peft_init_lora_weights: pissa_niter_16`.",
     "lora_target": "Write lora_target_modules, or `lora_target_linear: true` for all.",
     "lr_scheduler_type": "Write lr_scheduler.",
+    "optim": "Write optimizer.",
     "finetuning_type": "Write `adapter: lora`, or leave it out to train the model itself.",
-    "load_in_4bit": "Leave it out: quantised weights cannot be trained on.",
-    "load_in_8bit": "Leave it out: quantised weights cannot be trained on.",
+    "quantization_bit": "Write `load_in_4bit: true` or `load_in_8bit: true`.",
+    "bnb_4bit_compute_dtype": "Leave it out: the run's own precision is what is computed in (bf16, fp16).",
+    "bnb_config_kwargs": "Write bnb_4bit_quant_type and bnb_4bit_use_double_quant at the top level.",
     "dataset": "Write datasets, a list of entries with path and type.",
     "packing": "Write sample_packing.",
     "flash_attention": "Write `attn_implementation: flash_attention_2`.",
@@ -39,9 +46,20 @@ ELSEWHERE: dict[str, str] = {
     "eval_sample_packing": "Leave it out: evaluation gives the same numbers packed or not.",
     "group_by_length": "Leave it out: padding is never computed here.",
     "strict": "Leave it out: unknown keys are always errors here.",
+    "tiled_mlp_num_shards": "Leave it out: a tile has as many tokens as run at full speed.",
+    "gradient_checkpointing_kwargs": "Leave it out: what is computed again is so without reentrant autograd.",
+    "activation_offloading": "Write `gradient_checkpointing: offload`.",
+    "rope_scaling": "Write rope_parameters, with rope_type and factor.",
+    "overrides_of_model_config": "Write what is inside it at the top level: rope_parameters for rope_scaling.",
     "use_wandb": "Write `report_to: wandb`.",
     "wandb_run_id": "Leave it out: a resumed run goes on by itself.",
     "wandb_watch": "Leave it out: gradients are not sent to trackers.",
+}
+
+# The same for values, each after its key.
+VALUES_ELSEWHERE: dict[str, str] = {
+    "gradient_checkpointing: unsloth": " Write offload.",
+    "gradient_checkpointing: offload_disk": " Write offload.",
 }
 
 # Mappings inside the config: what they are called in a message, and where they stand.
@@ -49,6 +67,8 @@ _INNER: dict[type[BaseModel], tuple[str, str]] = {
     DatasetEntry: ("a dataset entry", "an entry of datasets"),
     UserPrompt: ("a prompt format", "the type of a dataset entry"),
     SpecialTokens: ("special_tokens", "special_tokens"),
+    LoftQ: ("loftq_config", "loftq_config"),
+    LrGroup: ("a learning-rate group", "an entry of lr_groups"),
 }
 
 

@@ -18,13 +18,15 @@ from pydantic.fields import FieldInfo
 from luthier.config.base import Section
 from luthier.config.datasets import DatasetEntry, UserPrompt
 from luthier.config.emit import scalar
-from luthier.config.schema import SECTIONS, Sections, SpecialTokens
+from luthier.config.schema import SECTIONS, LoftQ, LrGroup, Sections, SpecialTokens
 from luthier.config.values import expected, help_of, summary
 
 _INNER: tuple[tuple[str, type[Section]], ...] = (
     ("An entry of `datasets` or `test_datasets`", DatasetEntry),
     ("A prompt format of your own, as the `type` of an entry", UserPrompt),
     ("`special_tokens`", SpecialTokens),
+    ("`loftq_config`", LoftQ),
+    ("An entry of `lr_groups`", LrGroup),
 )
 
 
@@ -87,7 +89,8 @@ def help_text(width: int | None = None) -> str:
     for heading, section in (*headed, *_INNER):
         lines += ["", heading]
         for key, info in section.model_fields.items():
-            lines.append(f"  {key}  ({_kind(info)})")
+            first, *more = textwrap.wrap(f"({_kind(info)})", width - len(key) - 4)
+            lines += [f"  {key}  {first}", *(" " * 6 + line for line in more)]
             lines += textwrap.wrap(summary(info), width, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines[1:]) + "\n"
 

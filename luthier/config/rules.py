@@ -11,6 +11,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from luthier.config import adapters
+from luthier.config.optimizers import ALIASES, OPTIMIZERS
+
 Flat = Mapping[str, Any]
 
 
@@ -48,7 +51,7 @@ def _has_chat(c: Flat) -> bool:
 
 
 def _is_adam(c: Flat) -> bool:
-    return str(c["optimizer"]).startswith("adam")
+    return OPTIMIZERS[c["optimizer"]].adam
 
 
 _VALIDATION = "there is no validation data: set val_set_size or test_datasets, or leave {key} out."
@@ -62,14 +65,32 @@ NEEDS: tuple[Need, ...] = (
             "lora_alpha",
             "lora_dropout",
             "lora_target_modules",
+            "lora_target_parameters",
             "lora_target_linear",
             "lora_modules_to_save",
             "peft_use_rslora",
+            "peft_use_dora",
+            "peft_init_lora_weights",
+            "loftq_config",
+            "rank_pattern",
+            "alpha_pattern",
+            "lora_rank_budget",
             "lora_model_dir",
             "peft_layers_to_transform",
+            "loraplus_lr_ratio",
         ),
         lambda c: c["adapter"] is not None,
         "{key} does nothing without an adapter: write `adapter: lora`, or leave {key} out.",
+    ),
+    Need(
+        ("load_in_4bit", "load_in_8bit", "load_in_fp8"),
+        lambda c: c["adapter"] is not None,
+        "quantised weights cannot be trained, only an adapter on them: write `adapter: lora`, or leave {key} out.",
+    ),
+    Need(
+        ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"),
+        lambda c: c["load_in_4bit"] or c["adapter"] == "qlora",
+        "{key} goes with `load_in_4bit: true` only: write that, or leave {key} out.",
     ),
     Need(
         ("unfrozen_parameters", "train_last_n_layers", "freeze_embeddings"),
@@ -123,6 +144,16 @@ NEEDS: tuple[Need, ...] = (
         "`lr_scheduler: constant` has no warm-up: write constant_with_warmup, or leave {key} out.",
     ),
     Need(
+        ("loraplus_lr_embedding",),
+        lambda c: c["loraplus_lr_ratio"] is not None,
+        "loraplus_lr_embedding is part of LoRA+: set loraplus_lr_ratio too, or leave it out.",
+    ),
+    Need(
+        ("optimizer_in_backward", "bf16_stochastic_rounding"),
+        lambda c: c["adapter"] is None,
+        "{key} saves memory where the model itself is trained; an adapter is small: leave out {key} or adapter.",
+    ),
+    Need(
         ("adam_beta1", "adam_beta2", "adam_epsilon"),
         _is_adam,
         "{key} is for the adam optimizers: leave it out, or choose another optimizer.",
@@ -142,6 +173,17 @@ ONE_OF: tuple[tuple[str, str], ...] = (
     ("val_set_size", "test_datasets"),
     ("unfrozen_parameters", "train_last_n_layers"),
     ("unfrozen_parameters", "freeze_embeddings"),
+    ("lora_model_dir", "loftq_config"),
+    ("lora_model_dir", "lora_rank_budget"),
+    ("lora_model_dir", "lora_target_parameters"),
+    ("rank_pattern", "lora_rank_budget"),
+    ("alpha_pattern", "lora_rank_budget"),
+    ("lora_target_parameters", "lora_rank_budget"),
+    ("lora_target_parameters", "peft_use_dora"),
+    ("lora_target_parameters", "lora_dropout"),
+    ("load_in_4bit", "load_in_8bit"),
+    ("load_in_4bit", "load_in_fp8"),
+    ("load_in_8bit", "load_in_fp8"),
 )
 
 
@@ -155,7 +197,11 @@ def contradictions(c: Flat, written: Collection[str]) -> Iterator[Contradiction]
         if {first, second} <= set(written) and c[first] and c[second]:
             yield Contradiction(second, f"{first} and {second} exclude each other: leave one of them out.")
     yield from _single_keys(c, written)
+    yield from _optimizers(c, written)
+    for key, message in adapters.flaws(c, written):
+        yield Contradiction(key, message)
     yield from _patterns(c)
+    yield from _rope(c)
 
 
 def is_idle(key: str, c: Flat) -> bool:
@@ -171,6 +217,13 @@ def _asks_for_something(value: Any) -> bool:
 def _single_keys(c: Flat, written: Collection[str]) -> Iterator[Contradiction]:
     if c["bf16"] is True and c["fp16"] is True:
         yield Contradiction("fp16", "bf16 and fp16 are both true: keep one (`bf16: auto` chooses by itself).")
+    other_bits = c["load_in_8bit"] or c["load_in_fp8"] or ("load_in_4bit" in written and not c["load_in_4bit"])
+    if c["adapter"] == "qlora" and other_bits:
+        yield Contradiction(
+            "adapter",
+            "`adapter: qlora` is LoRA on a base in 4 bits: write `adapter: lora` for load_in_8bit or load_in_fp8, "
+            "or without load_in_4bit.",
+        )
     if c["chat_template"] == "jinja" and not c["chat_template_jinja"]:
         yield Contradiction(
             "chat_template", "`chat_template: jinja` needs chat_template_jinja: give its text or path."
@@ -196,6 +249,113 @@ def _single_keys(c: Flat, written: Collection[str]) -> Iterator[Contradiction]:
             yield Contradiction(key, f"{key} is empty.")
 
 
+def _optimizers(c: Flat, written: Collection[str]) -> Iterator[Contradiction]:
+    fused = c["optimizer_in_backward"]
+    if fused and c["gradient_accumulation_steps"] > 1:
+        rows = c["micro_batch_size"] * c["gradient_accumulation_steps"]
+        yield Contradiction(
+            "optimizer_in_backward",
+            "optimizer_in_backward frees each gradient before another pass could add to it, so a step is one pass: "
+            f"write `micro_batch_size: {rows}` and leave gradient_accumulation_steps out, or optimizer_in_backward.",
+        )
+    if fused and c["max_tokens_per_pass"] != "auto":
+        yield Contradiction(
+            "max_tokens_per_pass",
+            "with optimizer_in_backward a step is one pass, whatever its length: leave out one of the two.",
+        )
+    if fused and c["max_grad_norm"] > 0:
+        yield Contradiction(
+            "optimizer_in_backward",
+            "optimizer_in_backward never has all gradients to bound their common norm: write `max_grad_norm: 0`, or "
+            "leave optimizer_in_backward out.",
+        )
+    if fused and c["fp16"] is True:
+        yield Contradiction(
+            "optimizer_in_backward",
+            "optimizer_in_backward cannot take back a step that overflowed, as fp16 needs: leave out fp16 or "
+            "optimizer_in_backward.",
+        )
+    if c["bf16_stochastic_rounding"] and (c["bf16"] is False or c["fp16"] is True):
+        yield Contradiction(
+            "bf16_stochastic_rounding",
+            "bf16_stochastic_rounding is for weights in bfloat16: write `bf16: true`, or leave it out.",
+        )
+    if c["optimizer"] == "schedule_free_adamw":
+        if c["bf16_stochastic_rounding"]:
+            yield Contradiction(
+                "bf16_stochastic_rounding",
+                "schedule_free_adamw finds the weights that it averages out of fp32 ones: leave out "
+                "bf16_stochastic_rounding, or choose another optimizer.",
+            )
+        decays = not str(c["lr_scheduler"]).startswith("constant")
+        if (decays and "lr_scheduler" in written) or c["cosine_min_lr_ratio"] is not None:
+            yield Contradiction(
+                "lr_scheduler",
+                "schedule_free_adamw averages weights in place of a falling learning rate: write `lr_scheduler: "
+                "constant_with_warmup`, or leave lr_scheduler and cosine_min_lr_ratio out.",
+            )
+    if c["optimizer"] == "muon" and c["adapter"] is not None:
+        yield Contradiction(
+            "optimizer",
+            "muon is for the matrices of a model that is trained itself: leave out adapter, or take another optimizer.",
+        )
+    names = [group["name"] for group in c["lr_groups"]]
+    for group in c["lr_groups"]:
+        if names.count(group["name"]) > 1:
+            yield Contradiction("lr_groups", f"lr_groups: two groups are called {group['name']}: rename one.")
+            return
+        if not group["modules"]:
+            yield Contradiction("lr_groups", f"lr_groups: {group['name']} names no modules.")
+
+
+# Keys of `rope_parameters` by type; transformers' names.
+_ROPE_KEYS: dict[str, set[str]] = {
+    "linear": set(),
+    "yarn": {
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    },
+    "llama3": {"original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
+}
+
+
+def _rope(c: Flat) -> Iterator[Contradiction]:
+    key, rope = "rope_parameters", c["rope_parameters"]
+    if not rope:
+        return
+    kind = rope.get("rope_type", rope.get("type"))
+    if kind == "dynamic":
+        yield Contradiction(
+            key,
+            "`rope_type: dynamic` changes the frequencies with the longest document so far, so that documents of a "
+            "pass would change each other: write yarn, linear or llama3 in rope_parameters.",
+        )
+        return
+    if kind not in _ROPE_KEYS:
+        yield Contradiction(
+            key, f"rope_parameters needs a rope_type, one of {', '.join(_ROPE_KEYS)}; it has {kind!r}."
+        )
+        return
+    factor = rope.get("factor")
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or factor < 1:
+        yield Contradiction(key, f"rope_parameters needs a factor of 1 or more; it has {factor!r}.")
+    if kind == "llama3" and not {"low_freq_factor", "high_freq_factor"} <= set(rope):
+        yield Contradiction(
+            key, "`rope_type: llama3` needs low_freq_factor and high_freq_factor (Llama 3.1 has 1 and 4)."
+        )
+    common = {"rope_type", "type", "factor", "rope_theta", "partial_rotary_factor"}
+    if unknown := sorted(set(rope) - common - _ROPE_KEYS[kind]):
+        known = ", ".join(sorted(_ROPE_KEYS[kind] | {"factor", "rope_theta"}))
+        yield Contradiction(
+            key, f"rope_parameters: {', '.join(unknown)}: not for `rope_type: {kind}`, which takes {known}."
+        )
+
+
 def _is_device(value: Any) -> bool:
     if isinstance(value, dict):
         return list(value) == [""] and (isinstance(value[""], int) or _is_device(value[""]))
@@ -211,9 +371,17 @@ def _patterns(c: Flat) -> Iterator[Contradiction]:
             )
         elif problem := _regex_problem(pattern):
             yield Contradiction("unfrozen_parameters", f"unfrozen_parameters: {pattern!r} {problem}")
+    for group in c["lr_groups"]:
+        for pattern in group["modules"]:
+            if problem := _regex_problem(pattern):
+                yield Contradiction("lr_groups", f"lr_groups: {group['name']}: {pattern!r} {problem}")
     targets = c["lora_target_modules"]
     if isinstance(targets, str) and (problem := _regex_problem(targets)):
         yield Contradiction("lora_target_modules", f"lora_target_modules: {targets!r} {problem}")
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in c[key]:
+            if problem := _regex_problem(pattern):
+                yield Contradiction(key, f"{key}: {pattern!r} {problem}")
 
 
 def _regex_problem(pattern: str) -> str | None:
@@ -232,9 +400,21 @@ def derived(c: Flat, written: Collection[str]) -> dict[str, tuple[Any, str]]:
             values["learning_rate"] = (2e-4, "usual with an adapter")
         else:
             values["learning_rate"] = (2e-5, "usual without an adapter")
-    named = c["lora_target_modules"] or c["lora_model_dir"]
+    if c["loraplus_lr_ratio"] is not None and c["loraplus_lr_embedding"] is None:
+        values["loraplus_lr_embedding"] = (1e-6, "as PEFT has it")
+    if c["optimizer"] in ALIASES:
+        values["optimizer"] = (ALIASES[c["optimizer"]], f"{c['optimizer']} is another name of it")
+    if c["optimizer"] == "schedule_free_adamw" and "lr_scheduler" not in written:
+        values["lr_scheduler"] = ("constant_with_warmup", "schedule_free_adamw averages weights instead")
+    named = c["lora_target_modules"] or c["lora_model_dir"] or c["lora_target_parameters"]
+    if isinstance(c["lora_target_parameters"], str):
+        values["lora_target_parameters"] = ([c["lora_target_parameters"]], "a list of one")
+    if c["loftq_config"] is not None and c["peft_init_lora_weights"] is True:
+        values["peft_init_lora_weights"] = ("loftq", "loftq_config is set")
     if c["adapter"] and c["lora_target_linear"] is None and not named:
         values["lora_target_linear"] = (True, "no target is named")
+    if c["adapter"] == "qlora":
+        values["load_in_4bit"] = (True, "adapter is qlora")
     if c["fp16"] is True and c["bf16"] == "auto":
         values["bf16"] = (False, "fp16 is on")
     if c["lr_scheduler"] == "cosine" and c["cosine_min_lr_ratio"] is not None:

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from luthier.config.base import Section
 from luthier.config.datasets import DataConfig
+from luthier.config.optimizers import OptimizerName
 
 Switch = bool | Literal["auto"] | None
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
@@ -59,6 +60,20 @@ class ModelConfig(Section):
     device_map: str | dict[str, str | int] | None = None
     """Device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`, or a mapping with one entry, `"": device`. Default:
     `auto`."""
+    load_in_4bit: bool = False
+    """Keep the base model's linear layers in 4 bits (bitsandbytes), for training an adapter on them."""
+    load_in_8bit: bool = False
+    """Keep them in 8 bits: int8 with a scale for each row (bitsandbytes), for training an adapter on them."""
+    load_in_fp8: bool = False
+    """Round them to 8-bit floating point and multiply in it, for training an adapter on them: faster on cards from
+    Hopper on. The run's first pass proves that the loss stays what it was."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """What 4 bits stand for: quantiles of a normal distribution, or a small floating-point number."""
+    bnb_4bit_use_double_quant: bool = True
+    """Quantise the scales of the 4-bit blocks as well, which saves another 0.4 bits a parameter."""
+    rope_parameters: dict[str, Any] | None = None
+    """Stretch the model's positions beyond its own, for longer documents: `rope_type` (linear, yarn or llama3),
+    `factor`, and what else that type takes, as in a `config.json` of transformers."""
     special_tokens: SpecialTokens = SpecialTokens()
     """Special tokens to set on the tokenizer."""
     tokens: list[str] = []
@@ -74,8 +89,16 @@ class PrecisionConfig(Section):
     """Compute in float16 with loss scaling, for cards before Ampere. `auto`: where bfloat16 is not there."""
     tf32: Switch = None
     """Let fp32 matrix multiplies use TF32 on NVIDIA cards. `auto`: where the card has it."""
-    gradient_checkpointing: bool = False
-    """Keep less for the backward pass and compute it again: less memory, about a third more work."""
+    gradient_checkpointing: bool | Literal["auto", "offload"] = "auto"
+    """Keep less for the backward pass and compute it again. `auto`: only as much as memory asks for, the cheap parts
+    first; `true`: every layer keeps its input only, for about a third more work; `offload`: and that in the host's
+    memory; `false`: nothing is computed again."""
+    tiled_mlp: bool | Literal["auto"] = "auto"
+    """Run the MLP of a long pass in tiles of tokens and compute their inside again in the backward pass. `auto`: in
+    layers that compute it again anyway."""
+    dequantized_copies_gib: Annotated[float, Field(ge=0)] = 0.0
+    """Memory for copies of quantised (or 16-bit) base weights in the precision that is computed in. A layer that has
+    one is not dequantised at each use, which matters where forward passes are short."""
     kernels: Literal["auto", "reference"] = "auto"
     """`auto` replaces norms, MLPs, attention and layers by fused ones, each proven on this very model before the
     first step; `reference` leaves them as transformers has them."""
@@ -84,11 +107,20 @@ class PrecisionConfig(Section):
     slower."""
 
 
+class LoftQ(Section):
+    """How LoftQ sees the base: as it is loaded."""
+
+    loftq_bits: Annotated[int, Field(ge=1)] = 4
+    """Bits of the base; 4, as it is loaded."""
+    loftq_iter: Annotated[int, Field(ge=1)] = 1
+    """Turns of quantising and decomposing; 1, which leaves the base as others load it."""
+
+
 class AdapterConfig(Section):
     """LoRA: a small trained addition to frozen weights."""
 
-    adapter: Literal["lora"] | None = None
-    """`lora` trains an adapter; unset trains the model itself."""
+    adapter: Literal["lora", "qlora"] | None = None
+    """`lora` trains an adapter, `qlora` one on a base model in 4 bits; unset trains the model itself."""
     lora_r: Count = 16
     """Rank of the adapter's matrices."""
     lora_alpha: Annotated[float, Field(gt=0)] = 32.0
@@ -96,14 +128,32 @@ class AdapterConfig(Section):
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the adapter's inputs that is dropped at random while training."""
     lora_target_modules: list[str] | str | None = None
-    """Linear layers that get an adapter: a list of names (`q_proj`) or one regular expression for the full
-    name."""
+    """Linear layers and embeddings that get an adapter: a list of names (`q_proj`, `embed_tokens`) or one regular
+    expression for the full name."""
+    lora_target_parameters: list[str] | str = []
+    """Parameters that belong to no linear layer and get an adapter, above all a model's experts: names such as
+    `experts.gate_up_proj`, each matching the end of a full name."""
     lora_target_linear: bool | None = None
     """Give every linear layer but the head an adapter. Default: true if no target is named."""
     lora_modules_to_save: list[str] = []
     """Modules that are trained in full and saved beside the adapter, such as `embed_tokens` and `lm_head`."""
     peft_use_rslora: bool = False
     """Scale by `lora_alpha / sqrt(lora_r)` instead (rank-stabilised LoRA)."""
+    peft_use_dora: bool = False
+    """Train the length of every row of the adapted weights as well (DoRA)."""
+    peft_init_lora_weights: bool | str = True
+    """With what the adapter begins: `true` (A at random, B zero), `gaussian`, `pissa` or the faster
+    `pissa_niter_16`, `olora`, `loftq` (needs `load_in_4bit`), or `eva` (directions of the training data)."""
+    loftq_config: LoftQ | None = None
+    """Begin with what quantising the base left out (LoftQ): `{loftq_bits: 4}`."""
+    rank_pattern: dict[str, Count] = {}
+    """Ranks of their own: a regular expression for the end of a layer's full name, and the rank, such as `down_proj:
+    32`. The first that matches decides; all others have `lora_r`."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """The same for `lora_alpha`."""
+    lora_rank_budget: Annotated[int | None, Field(ge=1)] = None
+    """Trainable parameters of the adapter, spread over the layers by what the training data varies in (EVA); the
+    strength of each layer stays that of `lora_r`, at most twice of which it gets."""
     lora_model_dir: str | None = None
     """An adapter to go on training from; its own rank, strength and targets hold."""
     peft_layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = None
@@ -121,6 +171,18 @@ class FreezeConfig(Section):
     frozen."""
     freeze_embeddings: bool = False
     """Freeze the input embeddings."""
+
+
+class LrGroup(Section):
+    """Parameters with a learning rate of their own."""
+
+    name: str
+    """What to call them."""
+    modules: list[str]
+    """Parts of the names of their parameters, such as `q_proj` or `layers.0.`, or regular expressions; of two groups
+    that fit a parameter the first has it."""
+    lr: Annotated[float, Field(gt=0)]
+    """Their peak learning rate."""
 
 
 class TrainingConfig(Section):
@@ -146,8 +208,22 @@ class TrainingConfig(Section):
     """Steps over which the learning rate rises from 0 to its peak."""
     warmup_ratio: Annotated[float | None, Field(ge=0, le=1)] = None
     """The same as a fraction of all steps."""
-    optimizer: Literal["adamw_torch", "adamw_torch_fused", "adam", "sgd"] = "adamw_torch_fused"
-    """Which optimizer."""
+    optimizer: OptimizerName = "adamw_torch_fused"
+    """Which optimizer. Those of bitsandbytes (8bit, paged) need `luthier[bitsandbytes]`, sophia and
+    schedule_free_adamw `luthier[optimizers]`."""
+    optimizer_in_backward: bool = False
+    """Let each weight take its step as soon as its gradient is there, which is freed at once: the gradients never
+    exist together. For training without an adapter, with a step that is one forward pass."""
+    bf16_stochastic_rounding: bool = False
+    """Train weights in bfloat16 without fp32 copies: each step's result is rounded up or down at random, so that what
+    is smaller than the rounding counts on average. For training without an adapter."""
+    loraplus_lr_ratio: Annotated[float | None, Field(gt=0)] = None
+    """LoRA+: the adapter's B matrices (and its vectors) learn this many times faster than A, such as 16."""
+    loraplus_lr_embedding: Annotated[float | None, Field(gt=0)] = None
+    """LoRA+: peak learning rate of adapters on embeddings. Default: 1e-6."""
+    lr_groups: list[LrGroup] = []
+    """Peak learning rates of their own for parts of the model: a list of name, modules and lr. All follow the same
+    schedule."""
     optim_args: dict[str, Any] = {}
     """Further arguments of the optimizer, such as `momentum: 0.9` for sgd."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

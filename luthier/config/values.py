@@ -18,7 +18,7 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from luthier.config.names import nearest, unknown_key
+from luthier.config.names import VALUES_ELSEWHERE, nearest, unknown_key
 from luthier.config.yaml_source import Path_, dotted
 
 Report = Callable[[Path_, str], None]
@@ -52,7 +52,8 @@ def check_value(
             return INVALID
     report(
         path,
-        f"{dotted(path)}: expected {expected(annotation)}, found {found(value)}.{_hint(branches, value)}",
+        f"{dotted(path)}: expected {expected(annotation)}, found {found(value)}."
+        f"{VALUES_ELSEWHERE.get(f'{dotted(path)}: {value}') or _hint(branches, value)}",
     )
     return INVALID
 

@@ -96,13 +96,14 @@ def asking_format(
 ) -> tuple[Config, DatasetEntry]:
     """The config and dataset entry whose format a prompt is put into.
 
-    A run's own: that of its first dataset. Without a run: the chat template of the tokenizer, and where there
-    is none, or if `raw`, the text as it is.
+    A run's own, for its checkpoints and its merged model too: that of its first dataset. Without a run: the chat
+    template of the tokenizer, and where there is none, or if `raw`, the text as it is.
     """
     from luthier.config import Config
 
     above = Path(path).expanduser().resolve().parent / "config.yaml"
-    if run is None and Path(path).name.startswith("checkpoint-") and above.is_file():
+    own_folder = Path(path).name.startswith("checkpoint-") or Path(path).name == "merged"
+    if run is None and own_folder and above.is_file():
         run = Config.load(above)
     if run is not None and not raw:
         return run, run.data.datasets[0]

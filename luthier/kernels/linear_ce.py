@@ -15,7 +15,7 @@ Shapes: N labelled positions, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ TOLERANCE = 1e-5  # fp32, against `reference_logps`
 # Floats in one chunk of logits: 2**25 fp32 values are 128 MiB, a few hundred rows of a large vocabulary. The head's
 # weight is read once per chunk, so much smaller chunks cost time.
 CHUNK_FLOATS = 2**25
+# Numbers of a head stored in another dtype that are widened at a time, 64 MiB in fp32.
+BLOCK_FLOATS = 2**24
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 
@@ -53,12 +55,14 @@ def linear_logps(
         softcap: logits become softcap * tanh(logits / softcap) (Gemma 2, section 2 of its report).
         loss_weight_N: where the head is trained, says that the loss will be a multiple of
             -sum(loss_weight * logp), whose gradient the head gets; without it the logits are computed twice.
+        weight_VD: a frozen one may be stored in another dtype than hidden_ND's.
 
     Returns:
         logp_N in fp32 (with gradient) and correct_N, boolean.
     """
     trained = weight_VD.requires_grad or (bias_V is not None and bias_V.requires_grad)
-    if torch.is_grad_enabled() and not (trained and loss_weight_N is None):
+    narrow = weight_VD.dtype != hidden_ND.dtype
+    if narrow or (torch.is_grad_enabled() and not (trained and loss_weight_N is None)):
         return _LinearLogps.apply(hidden_ND, weight_VD, bias_V, target_N, loss_weight_N, scale, softcap)
     return head_logps(
         hidden_ND,
@@ -131,6 +135,17 @@ def reference_logps(
     return logp_NV.gather(-1, target_N.unsqueeze(-1)).squeeze(-1)
 
 
+def _blocks(weight_VD: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
+    """A head's weight in a compute dtype: itself, or where it is stored in another one, some rows at a time."""
+    if weight_VD.dtype == dtype:
+        yield slice(0, len(weight_VD)), weight_VD
+        return
+    rows = max(1, BLOCK_FLOATS // weight_VD.shape[1])
+    for start in range(0, len(weight_VD), rows):
+        block = slice(start, min(start + rows, len(weight_VD)))
+        yield block, weight_VD[block].to(dtype)
+
+
 class _LinearLogps(torch.autograd.Function):
     """Saves the gradient of sum(-logp) to each row's hidden state, and with a trained head, that of
     sum(-loss_weight * logp) to the head.
@@ -160,14 +175,18 @@ class _LinearLogps(torch.autograd.Function):
             part = slice(start, start + rows)
             hidden = hidden_ND[part]
             logits = logits_nV[: len(hidden)]
-            if bias_V is None:
-                torch.mm(hidden, weight_VD.t(), out=logits)
-            else:
-                torch.addmm(bias_V, hidden, weight_VD.t(), out=logits)
+            for block, weight in _blocks(weight_VD, hidden.dtype):
+                torch.mm(hidden, weight.t(), out=logits[:, block])
+            if bias_V is not None:
+                logits += bias_V
             row_weight = loss_weight_N[part] if of_head and loss_weight_N is not None else None
             logp, correct = cross_entropy_(logits, target_N[part], row_weight, scale, softcap)
             if d_hidden is not None:
-                torch.mm(logits, weight_VD, out=d_hidden[part])
+                for block, weight in _blocks(weight_VD, hidden.dtype):
+                    if block.start == 0:
+                        torch.mm(logits[:, block], weight, out=d_hidden[part])
+                    else:
+                        d_hidden[part].addmm_(logits[:, block], weight)
             if d_weight is not None:
                 d_weight.addmm_(logits.t(), hidden)
             if d_bias is not None:

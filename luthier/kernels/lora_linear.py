@@ -3,19 +3,23 @@
 Autograd's own version of this keeps x once per layer, makes a tensor for every intermediate sum, and reads x
 once per A. Here the A's of layers with one input (q, k and v; gate and up) are stacked into a single multiply,
 x A' is kept for backward, dY B is computed once for the gradients of A and of x, the sums happen inside the
-multiplies, a frozen weight gets no gradient, and an input that needs none gets none.
+multiplies, a frozen weight gets no gradient, and an input that needs none gets none. A frozen weight may be stored
+in a format of its own (quantised, or in 16 bits beside fp32); it is then read into the compute dtype at each use
+and not kept.
 
 Shapes: T tokens, I inputs, O outputs, r rank; a weight may be a transposed view.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from luthier.kernels.fp8_linear import fp8_input_gradient, fp8_linear
 
 # Largest difference from `reference_lora_linears` in fp32, relative to the largest value.
 TOLERANCE = 1e-5
@@ -26,7 +30,10 @@ class Linear:
     """One layer as the kernels see it.
 
     Attributes:
-        weight: (O, I). bias: (O,). a: (r, I) and b: (O, r), in any float dtype; None without an adapter.
+        weight: (O, I), or frozen in a format of its own. bias: (O,).
+        read: gives such a weight as (O, I) in a compute dtype; None where `weight` itself is what is multiplied with.
+        a, b: (r, I) and (O, r), in any float dtype; None without an adapter.
+        row_scale: (O, 1) fp32, of a weight in e4m3 that is multiplied with as it is (`kernels.fp8_linear`).
         scale: factor on the low-rank addition.
         keep: (T, I), true where dropout keeps the adapter's input; None without dropout. p: its probability.
         a_copy, b_copy: a and b in the input's dtype, where the caller keeps such copies; made here otherwise.
@@ -41,6 +48,25 @@ class Linear:
     p: float = 0.0
     a_copy: torch.Tensor | None = None
     b_copy: torch.Tensor | None = None
+    read: Callable[[torch.dtype], torch.Tensor] | None = None
+    row_scale: torch.Tensor | None = None
+
+    def weight_in(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.weight if self.read is None else self.read(dtype)
+
+    def multiply(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """x W' + b."""
+        if self.row_scale is not None:
+            return fp8_linear(x_TI, self.weight, self.row_scale, self.bias)
+        return F.linear(x_TI, self.weight_in(x_TI.dtype), self.bias)
+
+    def multiply_back(self, grad_TO: torch.Tensor, onto: torch.Tensor | None) -> torch.Tensor:
+        """dY W, added to what is there already."""
+        if self.row_scale is not None:
+            dx = fp8_input_gradient(grad_TO, self.weight, self.row_scale)
+            return dx if onto is None else onto.add_(dx)
+        weight = self.weight_in(grad_TO.dtype)
+        return grad_TO @ weight if onto is None else onto.addmm_(grad_TO, weight)
 
     def b_in(self, dtype: torch.dtype) -> torch.Tensor:
         assert self.b is not None
@@ -66,7 +92,7 @@ def reference_lora_linears(x: torch.Tensor, layers: Sequence[Linear]) -> tuple[t
     """The same in plain torch, for autograd to differentiate."""
     outs = []
     for layer in layers:
-        out = F.linear(x, layer.weight, layer.bias)
+        out = F.linear(x, layer.weight_in(x.dtype), layer.bias)
         if layer.a is not None and layer.b is not None:
             dropped = x
             if layer.keep is not None:
@@ -104,7 +130,7 @@ def forward(
     kept = Kept(layers, stacked_a, _inner(x_TI, layers, stacked_a))
     outs = []
     for layer, columns in zip(layers, kept.columns(), strict=True):
-        out = F.linear(x_TI, layer.weight, layer.bias)
+        out = layer.multiply(x_TI)
         if layer.b is not None:
             assert kept.inner is not None
             out.addmm_(kept.inner[:, columns], layer.b_in(out.dtype).t(), alpha=layer.scale)
@@ -126,7 +152,7 @@ def input_gradient(
         if grad is None:
             continue
         if wanted:
-            dx = grad @ layer.weight if dx is None else dx.addmm_(grad, layer.weight)
+            dx = layer.multiply_back(grad, dx)
         if layer.b is not None:
             assert d_inner is not None
             torch.mm(grad, layer.b_in(grad.dtype), out=d_inner[:, columns])

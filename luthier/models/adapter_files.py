@@ -1,15 +1,23 @@
 """Adapters on disk, in PEFT's format: what PEFT, transformers and vLLM load, loads here, and the other way round.
 
 A folder holds `adapter_config.json` and `adapter_model.safetensors`; tensors are named
-`base_model.model.<path>.lora_A.weight` (r, in), `.lora_B.weight` (out, r), and
-`base_model.model.<path>.<parameter>` for modules trained whole.
+`base_model.model.<path>.lora_A.weight` (r, in), `.lora_B.weight` (out, r), with DoRA `.lora_magnitude_vector` (out,),
+of embeddings `.lora_embedding_A` (r, tokens) and `.lora_embedding_B` (width, r), of experts as `models.experts` says,
+and `base_model.model.<path>.<parameter>` for modules trained whole.
+
+What an adapter on disk makes of a base weight: `models.deltas.adapted_weight` for linear layers and embeddings, with
+or without DoRA, and `models.experts.adapted_experts`; rank and alpha of each by `models.targets.strengths_by_patterns`.
+On a model in memory, `merge_into_base` does all of it.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,17 +27,17 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier.config import AdapterConfig
 from luthier.errors import ModelError
-from luthier.models.lora import DropoutState, LoRALinear, add_lora, lora_layers, modules_named
+from luthier.models.adapter import ForwardAdapter
+from luthier.models.lora import DropoutState, LoRALinear, adapters, add_lora
+from luthier.models.targets import modules_named
+
+log = logging.getLogger("luthier")
 
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 # Settings of PEFT that change what an adapter computes and that this loader does not apply.
 _UNSUPPORTED = (
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-    "target_parameters",
     "layer_replication",
     "alora_invocation_tokens",
     "trainable_token_indices",
@@ -49,10 +57,9 @@ def adapter_tensors(
     model: nn.Module, modules_to_save: tuple[str, ...] | list[str] = ()
 ) -> dict[str, torch.Tensor]:
     """The adapter under the names of PEFT's files, on the CPU."""
-    tensors = {}
-    for path, layer in lora_layers(model).items():
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = layer.lora_A
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = layer.lora_B
+    tensors: dict[str, torch.Tensor] = {}
+    for path, adapter in adapters(model).items():
+        tensors |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in adapter.exported().items()}
     for path in modules_named(model, modules_to_save):
         for name, parameter in model.get_submodule(path).named_parameters():
             tensors[f"{PREFIX}{path}.{name}"] = parameter
@@ -74,31 +81,59 @@ def describe_adapter(
     model: PreTrainedModel, *, base_model: str, revision: str | None, adapter: AdapterConfig
 ) -> dict[str, Any]:
     """`adapter_config.json` as a dict."""
-    layers = lora_layers(model)
-    first = next(iter(layers.values()))
+    found = adapters(model)
+    strengths = {
+        f"{path}.{name}" if name else path: strength
+        for path, one in found.items()
+        for name, strength in one.strengths().items()
+    }
+    ranks = {name: r for name, (r, _) in strengths.items()}
+    # A whole number as one: PEFT's field is an int.
+    alphas = {name: int(alpha) if alpha == int(alpha) else alpha for name, (_, alpha) in strengths.items()}
+    r, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    modules = [path for path, one in found.items() if "" in one.strengths()]
+    parameters = [name for name in strengths if name not in found]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "revision": revision,
-        "r": first.r,
-        "lora_alpha": first.alpha if first.alpha != int(first.alpha) else int(first.alpha),
-        "lora_dropout": first.dropout,
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": _patterns(ranks, r),
+        "alpha_pattern": _patterns(alphas, alpha),
+        "lora_dropout": max(one.dropout for one in found.values()),
         "use_rslora": adapter.peft_use_rslora,
-        "target_modules": target_names(model, list(layers)),
+        "use_dora": adapter.peft_use_dora,
+        "target_modules": target_names([n for n, _ in model.named_modules()], modules),
+        "target_parameters": target_names([n for n, _ in model.named_parameters()], parameters, 2) or None,
         "modules_to_save": list(adapter.lora_modules_to_save) or None,
         "bias": "none",
-        "fan_in_fan_out": first.transposed,
+        "fan_in_fan_out": any(isinstance(one, LoRALinear) and one.transposed for one in found.values()),
         "inference_mode": True,
         "init_lora_weights": True,
     }
 
 
-def target_names(model: nn.Module, paths: list[str]) -> list[str]:
-    """The shortest list of names that matches these layers and no other module: last names, else whole paths."""
-    short = sorted({path.rpartition(".")[2] for path in paths})
-    matched = {n for n, _ in model.named_modules() if any(n == s or n.endswith("." + s) for s in short)}
-    return short if matched == set(paths) else paths
+def target_names(every: Iterable[str], chosen: list[str], parts: int = 1) -> list[str]:
+    """The shortest list of names that matches the chosen ones and no other: their last parts, else all of them."""
+    short = sorted({".".join(name.split(".")[-parts:]) for name in chosen})
+    matched = {n for n in every if any(n == s or n.endswith("." + s) for s in short)}
+    return short if matched == set(chosen) else chosen
+
+
+def _patterns(values: Mapping[str, Any], common: Any) -> dict[str, Any]:
+    """PEFT's `rank_pattern` or `alpha_pattern` for what has another value than most: by last name where all of that
+    name agree, else by whole path."""
+    by_last: dict[str, set[Any]] = {}
+    for name, value in values.items():
+        by_last.setdefault(name.rpartition(".")[2], set()).add(value)
+    found = {}
+    for name, value in values.items():
+        last = name.rpartition(".")[2]
+        if value != common:
+            found[last if len(by_last[last]) == 1 else name] = value
+    return found
 
 
 def read_adapter_config(folder: str | Path) -> dict[str, Any]:
@@ -144,7 +179,11 @@ def adapter_settings(folder: str | Path, *, dropout: float = 0.0) -> AdapterConf
         lora_dropout=dropout,
         lora_target_modules=targets if isinstance(targets, str) else list(targets or []),
         lora_modules_to_save=list(found.get("modules_to_save") or []),
+        lora_target_parameters=list(found.get("target_parameters") or []),
         peft_use_rslora=bool(found.get("use_rslora")),
+        peft_use_dora=bool(found.get("use_dora")),
+        rank_pattern=found.get("rank_pattern") or {},
+        alpha_pattern=found.get("alpha_pattern") or {},
         peft_layers_to_transform=_layers(found),
         lora_model_dir=str(folder),
     )
@@ -193,9 +232,11 @@ def fill_adapter(
 ) -> None:
     """Copy tensors under PEFT's names into the adapter of a model; every name must match in both directions."""
     places: dict[str, torch.Tensor] = {}
-    for path, layer in lora_layers(model).items():
-        places[f"{PREFIX}{path}.lora_A.weight"] = layer.lora_A
-        places[f"{PREFIX}{path}.lora_B.weight"] = layer.lora_B
+    for path, adapter in adapters(model).items():
+        places |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in adapter.tensors().items()}
+        # PEFT writes the base weight of adapted embeddings, and of a head, beside the adapter.
+        if (whole := f"{PREFIX}{path}.base_layer.weight") in tensors:
+            places[whole] = cast(torch.Tensor, model.get_submodule(path).weight)
     for path in modules_named(model, modules_to_save):
         for name, parameter in model.get_submodule(path).named_parameters():
             places[f"{PREFIX}{path}.{name}"] = parameter
@@ -214,26 +255,38 @@ def fill_adapter(
         place.copy_(tensors[name])
 
 
+@torch.no_grad()
 def merge_into_base(model: nn.Module) -> None:
-    """Add every adapter to its base weight and put plain layers back: for generation without extra cost.
+    """Add every adapter to its base weight and put plain modules back: for generation without extra cost.
 
-    An adapted head that shares its weight with the embeddings gets one of its own: they were not adapted.
+    An adapted head that shares its weight with the embeddings gets one of its own, for they were not adapted, and
+    the other way round. A base that is quantised stays as it is, with the adapter beside it.
     """
-    layers = lora_layers(model)
-    heads = [path for path, layer in layers.items() if _is_tied(model, layer)]
-    for path, layer in layers.items():
-        delta = (layer.lora_B @ layer.lora_A) * layer.scale
-        with torch.no_grad():
-            if path in heads:
-                layer.weight = nn.Parameter(layer.weight.clone(), requires_grad=False)
-            weight = layer.weight
-            merged = weight.float() + (delta.T if layer.transposed else delta)
-            weight.copy_(merged.to(weight.dtype))
-        model.set_submodule(path, _plain(layer))
+    kept = 0
+    for path, adapter in adapters(model).items():
+        module = model.get_submodule(path)
+        if isinstance(module, LoRALinear) and module.storage != "dense":
+            kept += 1
+            continue
+        for name, value in adapter.merged().items():
+            weight = module._parameters[name]
+            assert weight is not None
+            if _is_shared(model, module, weight):
+                weight = nn.Parameter(weight.clone(), requires_grad=False)
+                module._parameters[name] = weight
+            weight.copy_(value.to(weight.dtype))
+        if isinstance(module, LoRALinear):
+            model.set_submodule(path, _plain(module))
+        elif isinstance(adapter, ForwardAdapter):
+            del module.forward
+            for name in [n for n in module._parameters if "lora_" in n]:
+                del module._parameters[name]
+    if kept:
+        log.info("the adapter stays beside %d quantised layers: merged, they would have to be quantised anew", kept)
 
 
-def _is_tied(model: nn.Module, layer: LoRALinear) -> bool:
-    return any(isinstance(m, nn.Embedding) and m.weight is layer.weight for m in model.modules())
+def _is_shared(model: nn.Module, module: nn.Module, weight: torch.Tensor) -> bool:
+    return any(p is weight for m in model.modules() if m is not module for p in m.parameters(recurse=False))
 
 
 def _plain(layer: LoRALinear) -> nn.Module:

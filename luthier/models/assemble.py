@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,11 +11,14 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from luthier.config import Config
 from luthier.errors import ConfigError, ModelError, cannot_load
-from luthier.models import adapter_files
+from luthier.models import adapter_files, quantize, storage
 from luthier.models.device import choose_device, choose_dtype
 from luthier.models.freeze import set_trainable
-from luthier.models.load import count_parameters, load_model
+from luthier.models.frozen import keep_copies
+from luthier.models.load import count_parameters, load_model, read_model_config
 from luthier.models.lora import DropoutState, add_lora
+from luthier.models.lora_init import OriginalWeights, Sources, changes_base
+from luthier.models.rank_budget import looks_at_data
 
 log = logging.getLogger("luthier")
 
@@ -25,7 +29,11 @@ _OF_ADAPTER = (
     "lora_r",
     "lora_alpha",
     "peft_use_rslora",
+    "peft_use_dora",
+    "rank_pattern",
+    "alpha_pattern",
     "lora_target_modules",
+    "lora_target_parameters",
     "lora_target_linear",
     "lora_modules_to_save",
     "peft_layers_to_transform",
@@ -33,13 +41,31 @@ _OF_ADAPTER = (
 
 
 def build_model(
-    config: Config, tokenizer: PreTrainedTokenizerBase, device: torch.device, dtype: torch.dtype
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    documents: Sequence[torch.Tensor] | None = None,
+    resume_from: Path | None = None,
 ) -> tuple[PreTrainedModel, DropoutState | None]:
-    """The model that a config trains: base weights, adapter or unfrozen parameters; says what trains."""
-    model = load_model(config, tokenizer, device, dtype)
-    dropout = make_trainable(model, config)
+    """The model that a config trains: base weights, adapter or unfrozen parameters; says what trains.
+
+    Args:
+        documents: token ids of training documents, for adapters that look at data before they begin.
+        resume_from: the checkpoint that the run goes on from.
+    """
+    quantize.check_trains(config, read_model_config(config.model))
+    narrow = _narrow_dtype(config, tokenizer, dtype)
+    model = load_model(config, tokenizer, device, narrow or dtype)
+    dropout = make_trainable(model, config, _sources(model, config, documents, resume_from))
+    quantize.take_over(model)
+    if narrow is not None:
+        storage.settle(model, dtype)
+    if copies := config.precision.dequantized_copies_gib:
+        keep_copies(model, copies * 2**30, dtype)
     _check_added_tokens(model, tokenizer, config)
-    if config.precision.gradient_checkpointing:
+    if config.precision.gradient_checkpointing in (True, "offload"):
         _checkpoint_layers(model)
     trainable, total = count_parameters(model)
     log.info(
@@ -48,7 +74,37 @@ def build_model(
     return model, dropout
 
 
-def make_trainable(model: PreTrainedModel, config: Config) -> DropoutState | None:
+def _narrow_dtype(
+    config: Config, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+) -> torch.dtype | None:
+    """The checkpoint's 16-bit dtype, where the frozen weights beside an adapter may stay in it."""
+    adapter = config.adapter
+    # What runs through the model before it is settled, or is taken out of its weights, would be rounded.
+    if adapter.adapter is None or looks_at_data(adapter) or changes_base(adapter.peft_init_lora_weights):
+        return None
+    return storage.smaller_dtype(config.model, read_model_config(config.model), len(tokenizer), dtype)
+
+
+def _sources(
+    model: PreTrainedModel, config: Config, documents: Sequence[torch.Tensor] | None, resume_from: Path | None
+) -> Sources:
+    """What the start of a new adapter may need."""
+    if config.adapter.adapter is None or config.adapter.lora_model_dir is not None:
+        return Sources()
+    original = earlier = None
+    how = config.adapter.peft_init_lora_weights
+    if resume_from is not None:
+        needed = changes_base(how) or looks_at_data(config.adapter)
+        tensors = adapter_files.read_adapter_tensors(resume_from) if needed else {}
+        earlier = {name.removeprefix(adapter_files.PREFIX): tensor for name, tensor in tensors.items()}
+    elif how == "loftq":
+        original = OriginalWeights(storage._files(config.model), model.base_model_prefix)
+    return Sources(documents, original, earlier)
+
+
+def make_trainable(
+    model: PreTrainedModel, config: Config, sources: Sources | None = None
+) -> DropoutState | None:
     """Put on the adapter that the config asks for (new, or from `lora_model_dir`, whose settings
     `with_adapter_settings` has put into the config), or unfreeze parameters.
     """
@@ -57,7 +113,7 @@ def make_trainable(model: PreTrainedModel, config: Config) -> DropoutState | Non
         set_trainable(model, config.freeze)
         return None
     if adapter.lora_model_dir is None:
-        return add_lora(model, adapter, config.training.seed)
+        return add_lora(model, adapter, config.training.seed, sources)
     log.info(
         "going on from the adapter in %s (r=%d, alpha=%g): its own settings and targets hold",
         adapter.lora_model_dir,
@@ -78,7 +134,7 @@ def with_adapter_settings(config: Config) -> Config:
         return config
     found = adapter_files.adapter_settings(folder)
     asked = config.flat()
-    for key in ("lora_r", "lora_alpha", "peft_use_rslora"):
+    for key in ("lora_r", "lora_alpha", "peft_use_rslora", "peft_use_dora", "rank_pattern", "alpha_pattern"):
         if config.origins[key] != "default" and asked[key] != getattr(found, key):
             raise ConfigError(
                 f"{key}: {asked[key]}, but the adapter in {folder} has {getattr(found, key)}; leave {key} out, "
@@ -120,7 +176,8 @@ def open_for_inference(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Config | None]:
     """A model for generation and evaluation from what a user has: a run folder, an adapter, or a model.
 
-    An adapter is merged into its base in memory, so that generating costs nothing extra.
+    An adapter is merged into its base in memory, so that generating costs nothing extra; one that was trained on a
+    quantised base stays beside it.
 
     Returns:
         The model in eval mode, its tokenizer, and the config of the run if the folder is one.
@@ -158,7 +215,10 @@ def open_for_inference(
     if is_adapter and source:
         settings = adapter_files.adapter_settings(source)
         adapter_files.load_adapter(model, source, settings)
-        adapter_files.merge_into_base(model)
+        if quantize.is_quantized(model):
+            quantize.take_over(model)
+        else:
+            adapter_files.merge_into_base(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model.eval(), tokenizer, config
@@ -178,10 +238,19 @@ def _loading_config(base: str, revision: str | None, run: Config | None) -> Conf
             "bf16",
             "fp16",
             "tf32",
+            "rope_parameters",
         ):
             value = run.flat().get(key)
             if value is not None:
                 values[key] = value
+        stored = run.model
+        if stored.load_in_4bit or stored.load_in_8bit:  # the weights that the adapter was trained on
+            values |= {"adapter": "lora", "load_in_4bit": stored.load_in_4bit, "load_in_8bit": stored.load_in_8bit}
+        if stored.load_in_4bit:
+            values |= {
+                "bnb_4bit_quant_type": stored.bnb_4bit_quant_type,
+                "bnb_4bit_use_double_quant": stored.bnb_4bit_use_double_quant,
+            }
     return Config.from_flat(values)
 
 

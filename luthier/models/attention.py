@@ -34,7 +34,7 @@ log = logging.getLogger("luthier")
 NAME = "luthier"
 
 # Masks up to this size are kept (1 MiB in fp32).
-_REMEMBERED_FLOATS = 2**18
+REMEMBERED_FLOATS = 2**18
 # Queries of one masked SDPA call, which bounds its mask: queries x keys numbers.
 _MASKED_ROWS = 1024
 
@@ -165,7 +165,7 @@ def attend(
         ]
         return torch.cat(outs, 2)
     if causal and (before or (window is not None and window < length)):
-        make = _branch_mask if length * seen <= _REMEMBERED_FLOATS else _branch_mask.__wrapped__
+        make = _branch_mask if length * seen <= REMEMBERED_FLOATS else _branch_mask.__wrapped__
         mask, causal = make(length, seen, before, window, query.dtype, query.device), False
     if mask is not None and mask.dim() == 4:
         mask = mask[..., :seen]

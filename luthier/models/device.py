@@ -15,12 +15,16 @@ import torch
 
 from luthier.config import Config
 from luthier.errors import ConfigError
+from luthier.models.load import read_model_config
 
 log = logging.getLogger("luthier")
 
 # Of glibc's malloc.h: blocks from which on memory is mapped by itself, and free memory at the top of the heap that
 # is kept.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+# Hidden size from which `auto` computes in bf16 on a CPU that has matrix units for it.
+WIDE = 512
 
 
 def choose_device(device_map: object) -> torch.device:
@@ -83,10 +87,18 @@ def choose_dtype(config: Config, device: torch.device) -> torch.dtype:
         log.warning("bf16: true: %s has no fast bf16; training in %s instead", device, str(instead)[6:])
         return instead
     if precision.bf16 == "auto" or precision.fp16 == "auto":
-        if fast_bf16:
+        if fast_bf16 and (device.type != "cpu" or _is_wide(config)):
             return torch.bfloat16
         return torch.float16 if device.type == "cuda" else torch.float32
     return torch.float32
+
+
+def _is_wide(config: Config) -> bool:
+    """Whether a model's multiplies are large enough for a CPU's matrix units. Every new number of tokens costs them
+    some ms of preparation, and memory: at width 128 fp32 is 3 times as fast and at 256 the same, at 576 bf16 gains
+    7% (passes of 500 to 1,000 tokens on two cores of a Xeon with AMX)."""
+    described = read_model_config(config.model)
+    return int(getattr(described.get_text_config(decoder=True), "hidden_size", None) or 0) >= WIDE
 
 
 def set_matmul_precision(config: Config, device: torch.device) -> None:

@@ -23,7 +23,7 @@ from luthier.models import attention
 from luthier.models.fused import KINDS, AttentionCall, Fused, FusedAttention, FusedLayer
 from luthier.models.kinds import looks, one_of_each_layer
 from luthier.models.load import decoder_of, embeddings_of
-from luthier.models.lora import lora_layers
+from luthier.models.lora import DoRALinear, lora_layers
 from luthier.models.policy import Policy
 
 log = logging.getLogger("luthier")
@@ -93,6 +93,8 @@ def fuse_policy(policy: Policy) -> None:
     fusion = fuse(policy.model)
     policy.rows_in_last_layer = fusion.rows_in_last_layer
     fusion.log()
+    if any(isinstance(module, DoRALinear) and module.dropout for module in policy.model.modules()):
+        log.info("kept as they are: attention and MLPs with DoRA, because of its lora_dropout")
 
 
 def undo(model: nn.Module) -> None:
@@ -100,7 +102,7 @@ def undo(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(found := module.__dict__.get("forward"), Fused):
             del module.forward
-            if isinstance(found, FusedLayer) and found.recompute:
+            if isinstance(found, FusedLayer) and found.mode in ("layer", "offload"):
                 module.gradient_checkpointing = True  # type: ignore[assignment]
 
 
@@ -181,7 +183,7 @@ def _try(kind: Kind, spied: dict[int, AttentionCall]) -> None:
         first.forward = kind.fused(first, **settings, **extra)
         worst = _difference(expected, first, kind.call)
         del first.forward
-        if worst is not None and worst <= TOLERANCE[_dtype(first)]:
+        if worst is not None and worst <= TOLERANCE[expected[0].dtype]:
             for module in kind.modules:
                 _install(module, kind.fused(module, **settings, **extra))
             kind.worst, kind.why = worst, ""
@@ -208,7 +210,7 @@ def _try_rows(decoder: nn.Module, kinds: list[Kind]) -> bool:
     whole = _run(last, call, rows=rows)
     fused.last = True
     picked = _run(last, (call[0], {**call[1], "label_rows": rows}))
-    fused.last = _largest_difference(whole, picked) <= TOLERANCE[_dtype(last)]
+    fused.last = _largest_difference(whole, picked) <= TOLERANCE[whole[0].dtype]
     return bool(fused.last)
 
 
@@ -247,11 +249,6 @@ def _largest_difference(expected: list[torch.Tensor], found: list[torch.Tensor])
         size = max(float(one.abs().max()), 1e-30)
         worst = max(worst, float((one.float() - other.float()).abs().max()) / size)
     return worst if worst == worst else float("inf")
-
-
-def _dtype(module: nn.Module) -> torch.dtype:
-    """The coarsest of the module's dtypes: its adapters are fp32 whatever it computes in."""
-    return min((p.dtype for p in module.parameters()), key=lambda dtype: -torch.finfo(dtype).eps)
 
 
 @contextmanager

@@ -8,21 +8,26 @@ mask the module's own forward runs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from luthier.kernels.gated import gated_forward
-from luthier.kernels.gated_mlp import gated_mlp
+from luthier.kernels.gated import gated, gated_forward
+from luthier.kernels.gated_mlp import _halves, gated_mlp
 from luthier.kernels.lora_linear import Linear, lora_linears, stack
 from luthier.kernels.rms_norm import add_rms_norm, rms_norm
 from luthier.kernels.rotary import rotary
+from luthier.kernels.tiled_mlp import MLPLayers, output_unused, tiled_mlp
 from luthier.models import attention
-from luthier.models.lora import LoRALinear
+from luthier.models.frozen import FrozenLinear
+from luthier.models.lora import DoRALinear, LoRALinear
+from luthier.models.recompute import Getter, Mode, kept_here, recomputed, remade, runs_again
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 
@@ -93,7 +98,11 @@ class Stack:
 
 
 class FusedMLP(Fused):
-    """act(gate) * up, then down; gate and up as two layers or as the halves of one (Phi-3)."""
+    """act(gate) * up, then down; gate and up as two layers or as the halves of one (Phi-3).
+
+    Attributes:
+        tile: gate and up are made again in backward, for as many tokens at a time; None keeps them.
+    """
 
     what = "gated MLP"
 
@@ -102,6 +111,8 @@ class FusedMLP(Fused):
         self.kind = kind
         self.inputs = inputs
         self.stack = Stack()
+        self.tile: int | None = None
+        self.rescaled = any(isinstance(layer, DoRALinear) for layer in _of(module, [*inputs, "down_proj"]))
 
     @classmethod
     def candidates(cls, module: nn.Module) -> Iterator[dict[str, Any]]:
@@ -116,12 +127,28 @@ class FusedMLP(Fused):
                 yield dict(kind=kind, inputs=inputs)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.rescaled:  # between the multiplies, where the kernel in one piece lets nothing in
+            if self.tile is None or not torch.is_grad_enabled():
+                return self._by_layers(x)
+            # Nothing drops out here, so there is no random state to restore for the second computation.
+            again = partial(checkpoint, self._by_layers, use_reentrant=False, preserve_rng_state=False)
+            return torch.cat([again(part) for part in x.split(self.tile, -2)], -2)
+        if self.tile is not None:
+            return tiled_mlp(x, self._layers, self.kind, self.tile)
+        layers = self._layers(x)
+        return gated_mlp(x, layers.inputs, layers.down, self.kind, layers.stacked_a)
+
+    def _by_layers(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = _halves(outputs(_of(self.module, self.inputs), x, self.stack))
+        return cast(torch.Tensor, self.module.down_proj(gated(gate, up, self.kind)))
+
+    def _layers(self, x: torch.Tensor) -> MLPLayers:
         inputs = [linear(layer, x) for layer in _of(self.module, self.inputs)]
         last = self.module.down_proj
         down = linear(last, x)
         if down.keep is not None:  # its input is the wide product, of which only the shape matters here
             down = linear(last, x.new_empty(1).expand(x.numel() // x.shape[-1], last.in_features))
-        return gated_mlp(x, inputs, down, self.kind, self.stack.of(inputs, x.dtype))
+        return MLPLayers(tuple(inputs), down, self.stack.of(inputs, x.dtype))
 
 
 @dataclass(frozen=True)
@@ -195,8 +222,7 @@ class FusedAttention(Fused):
     def _heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query, key and value, each (1, heads, T, head_dim)."""
         m: Any = self.module
-        specs = [linear(layer, x) for layer in _of(m, self.inputs)]
-        outs = lora_linears(x, specs, self.stack.of(specs, x.dtype))
+        outs = outputs(_of(m, self.inputs), x, self.stack)
         if len(outs) == 1:
             queries = m.o_proj.in_features
             outs = outs[0].split([queries, *[(outs[0].shape[-1] - queries) // 2] * 2], -1)
@@ -237,7 +263,8 @@ class FusedLayer(Fused):
         self.multiplier = float(getattr(module, "residual_multiplier", 1.0))
         self.last = False
         # transformers recomputes inside the forward that this one replaces, so it is done here
-        self.recompute = bool(getattr(module, "gradient_checkpointing", False))
+        self.mode: Mode = "layer" if getattr(module, "gradient_checkpointing", False) else "keep"
+        self.keep: Callable[[torch.Tensor], Getter] = kept_here
 
     @classmethod
     def candidates(cls, module: nn.Module) -> Iterator[dict[str, Any]]:
@@ -252,10 +279,8 @@ class FusedLayer(Fused):
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs.get("document_lengths") is None or kwargs.get("past_key_values") is not None:
             return self.original(hidden_states, *args, **kwargs)
-        if self.recompute and torch.is_grad_enabled() and self.module.training:
-            return checkpoint(
-                self._run, hidden_states, use_reentrant=False, preserve_rng_state=False, **kwargs
-            )
+        if self.mode in ("layer", "offload") and torch.is_grad_enabled() and self.module.training:
+            return recomputed(partial(self._run, **kwargs), hidden_states, self.keep)
         return self._run(hidden_states, **kwargs)
 
     def _run(self, x: torch.Tensor, *, label_rows: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
@@ -266,7 +291,9 @@ class FusedLayer(Fused):
         own = isinstance(block.__dict__.get("forward"), FusedAttention)
         if own:
             kwargs["label_rows"] = rows
-        added = block(hidden_states=before(x) if before else x, **kwargs)[0]
+        normed = before(x) if before else x
+        with self._remade(before, normed, x):
+            added = block(hidden_states=normed, **kwargs)[0]
         if rows is not None:
             x = x.index_select(1, rows)
             added = added if own else added.index_select(1, rows)
@@ -277,9 +304,27 @@ class FusedLayer(Fused):
         else:
             x = x + added
             normed = before_mlp(x) if before_mlp else x
-        added = m.mlp(normed)
+        added = self._mlp(normed, before_mlp, x)
         added = added[0] if isinstance(added, tuple) else added
         return x + self._scaled(after_mlp(added) if after_mlp else added)
+
+    def _remade(self, norm: Any, normed: torch.Tensor, x: torch.Tensor) -> Any:
+        """Where norms are made again: a context in which nothing of the norm's output is kept."""
+        if norm is None or self.mode not in ("norms", "mlp") or not torch.is_grad_enabled():
+            return nullcontext()
+        return remade(normed, partial(norm, x.detach()))
+
+    def _mlp(self, normed: torch.Tensor, norm: Any, x: torch.Tensor) -> Any:
+        mlp: Any = self.module.mlp
+        fused = isinstance(mlp.__dict__.get("forward"), FusedMLP)
+        if fused and runs_again() and self.norms[3] is None:  # nothing keeps what follows
+            with output_unused():
+                return mlp(normed)
+        if self.mode == "mlp" and not fused and torch.is_grad_enabled() and self.module.training:
+            again = kept_here if norm is None else lambda _: partial(norm, x.detach())
+            return recomputed(mlp, normed, again)
+        with self._remade(norm, normed, x):
+            return mlp(normed)
 
     def _scaled(self, added: torch.Tensor) -> torch.Tensor:
         return added if self.multiplier == 1.0 else added * self.multiplier
@@ -290,16 +335,28 @@ KINDS: tuple[type[Fused], ...] = (FusedNorm, FusedMLP, FusedAttention, FusedLaye
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the kernels may read a layer's weight: a plain one or one of ours, not a subclass with a format."""
-    return type(module) in (nn.Linear, LoRALinear)
+    """Whether the kernels know how to read a layer's weight: a plain one or one of ours, no other subclass."""
+    if type(module) is DoRALinear:
+        return not module.dropout  # which takes what is dropped through the base a second time
+    return type(module) in (nn.Linear, FrozenLinear, LoRALinear)
 
 
 def linear(module: nn.Module, x: torch.Tensor) -> Linear:
     """A layer as the kernels take it."""
-    if isinstance(module, LoRALinear):
+    if isinstance(module, FrozenLinear):
         return module.linear(x)
     assert isinstance(module, nn.Linear)
     return Linear(module.weight, module.bias)
+
+
+def outputs(layers: list[nn.Module], x: torch.Tensor, stack: Stack) -> tuple[torch.Tensor, ...]:
+    """What layers with one input give, their A's in one multiply."""
+    specs = [layer.unscaled(x) if isinstance(layer, DoRALinear) else linear(layer, x) for layer in layers]
+    outs = lora_linears(x, specs, stack.of(specs, x.dtype))
+    return tuple(
+        layer.finish(out) if isinstance(layer, DoRALinear) else out
+        for layer, out in zip(layers, outs, strict=True)
+    )
 
 
 def _of(module: nn.Module, names: Any) -> list[nn.Module]:

@@ -17,6 +17,8 @@ from luthier.models.load import decoder_of
 
 # What tells layers of one kind apart: their place, and the number that seeds their dropout.
 _PLACES = ("training", "layer_idx", "layer", "layer_index")
+# And an adapter's size and strength, which are numbers that its one function is computed with.
+_OF_ADAPTER = ("r", "alpha", "scale")
 
 
 def looks(module: nn.Module) -> Any:
@@ -30,10 +32,11 @@ def looks(module: nn.Module) -> Any:
                 if isinstance(value, int | float | str | bool)
                 and not key.startswith("_")
                 and key not in _PLACES
+                and not (key in _OF_ADAPTER and hasattr(part, "lora_A"))
             )
         )
         tensors = tuple(
-            (key, tuple(p.shape), p.dtype, p.device, p.requires_grad)
+            (key, tuple(p.shape) if key[:5] != "lora_" else (), p.dtype, p.device, p.requires_grad)
             for key, p in part.named_parameters(recurse=False)
         )
         found.append((name, type(part), settings, tensors))

@@ -20,6 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from luthier.config import Config, ModelConfig
 from luthier.errors import ConfigError, ModelError, cannot_load
 from luthier.models import attention
+from luthier.models.frozen import FrozenLinear
+from luthier.models.quantize import is_quantized, quantization, quantized_as
+from luthier.models.rope import apply_rope
 
 log = logging.getLogger("luthier")
 
@@ -34,7 +37,7 @@ def load_model(
         ConfigError: a `model_type` that transformers does not have.
     """
     model_config = read_model_config(config.model)
-    auto_class = _model_class(config.model, model_config)
+    auto_class = model_class(config.model, model_config)
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     if config.model.trust_remote_code:
@@ -47,13 +50,15 @@ def load_model(
         attn_implementation=config.model.attn_implementation,
         output_loading_info=True,
     )
-    if device.type == "cuda":
+    if (found := quantization(config.model, model_config, device, dtype)) is not None:
+        arguments["quantization_config"] = found
+    if device.type == "cuda" or found is not None or quantized_as(model_config):
         arguments["device_map"] = {"": device}  # straight to the card: the host never holds the whole model
     try:
         model, info = auto_class.from_pretrained(config.model.base_model, **arguments)
     except Exception as error:  # safetensors, pickle and the families' own code raise any kind
         raise cannot_load("model", config.model.base_model, error) from error
-    model = model.to(device).eval()
+    model = (model if is_quantized(model) else model.to(device)).eval()
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
@@ -77,16 +82,23 @@ def load_model(
 
 
 def read_model_config(model: ModelConfig) -> Any:
-    """The checkpoint's `config.json` as transformers reads it; no weights are touched."""
+    """The checkpoint's `config.json` as transformers reads it, with RoPE scaled as the config asks; no weights are
+    touched.
+
+    Raises:
+        ModelError: it cannot be read. ConfigError: `rope_parameters` does not go with it.
+    """
     try:
-        return transformers.AutoConfig.from_pretrained(
+        found = transformers.AutoConfig.from_pretrained(
             model.base_model, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise cannot_load("model", model.base_model, error) from error
+    apply_rope(model, found)
+    return found
 
 
-def _model_class(model: ModelConfig, model_config: Any) -> Any:
+def model_class(model: ModelConfig, model_config: Any) -> Any:
     if model.model_type != "AutoModelForCausalLM":
         chosen = getattr(transformers, model.model_type, None)
         if chosen is not None and model.model_type.startswith("AutoModel"):
@@ -173,9 +185,14 @@ def grow_embeddings(model: PreTrainedModel, tokens: int) -> int:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Trainable and all parameters; tied ones count once."""
+    """Trainable and all parameters; tied ones count once, those packed into 4 bits as what they stand for."""
+    packed = {
+        id(layer.weight): layer.in_features * layer.out_features
+        for layer in model.modules()
+        if isinstance(layer, FrozenLinear) and layer.storage == "4bit"
+    }
     trainable = total = 0
     for parameter in model.parameters():
-        total += parameter.numel()
+        total += packed.get(id(parameter), parameter.numel())
         trainable += parameter.numel() if parameter.requires_grad else 0
     return trainable, total

@@ -12,25 +12,35 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from luthier.config import AdapterConfig
-from luthier.errors import ConfigError, ModelError
+from luthier.errors import ModelError
 from luthier.kernels.lora_linear import Linear, lora_linears
-from luthier.models.load import decoder_of
+from luthier.models.adapter import Adapter, scale_of
+from luthier.models.deltas import adapted_weight
+from luthier.models.dora import Magnitude
+from luthier.models.embedding import LoRAEmbedding
+from luthier.models.experts import LoRAExperts
+from luthier.models.frozen import FrozenLinear
+from luthier.models.lora_init import Sources, begin, changes_base, earlier_ranks
+from luthier.models.rank_budget import choose_ranks, looks_at_data
+from luthier.models.targets import (
+    check_kinds,
+    find_parameters,
+    find_targets,
+    modules_named,
+    strengths_by_patterns,
+)
 
 log = logging.getLogger("luthier")
-
-_LAYER_INDEX = re.compile(r"\.(?:layers|h|blocks|block|layer)\.(\d+)\.")
 
 
 @dataclass
@@ -71,14 +81,19 @@ def mix(*values: int) -> int:
     return state >> 1
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(FrozenLinear, Adapter):
     """A linear layer (or GPT-2's transposed Conv1D) with a trained low-rank addition.
 
     Args:
         base: the layer to adapt; its parameters move here, frozen.
-        scale: alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA (Kalajdzievski 2023).
         layer: a number of its own among the model's adapted layers, for dropout.
+
+    Attributes:
+        start_A, start_B: what was taken out of the base weight for the adapter to begin with (PiSSA); else None.
     """
+
+    start_A: torch.Tensor | None
+    start_B: torch.Tensor | None
 
     def __init__(
         self,
@@ -92,38 +107,41 @@ class LoRALinear(nn.Module):
         layer: int,
         generator: torch.Generator,
     ) -> None:
-        super().__init__()
-        self.transposed = isinstance(base, Conv1D)
-        self.weight = cast(nn.Parameter, base.weight)
-        self.bias = cast(nn.Parameter | None, base.bias)
-        rows, columns = self.weight.shape[::-1] if self.transposed else self.weight.shape
-        self.in_features, self.out_features = int(columns), int(rows)
-        self.r, self.alpha, self.dropout = r, alpha, dropout
-        self.scale = alpha / math.sqrt(r) if rslora else alpha / r
+        super().__init__(base)
+        self.r, self.alpha, self.dropout, self.rslora = r, alpha, dropout, rslora
+        self.scale = scale_of(alpha, r, rslora)
         self.state, self.layer = state, layer
         self.enabled = True
         self._copies: tuple[Any, torch.Tensor, torch.Tensor] | None = None
-        for parameter in (self.weight, self.bias):
-            if parameter is not None:
-                parameter.requires_grad_(False)
         # Drawn on the CPU, so that a seed means the same adapter on every device.
         a = torch.empty(r, self.in_features)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
         device = self.weight.device
         self.lora_A = nn.Parameter(a.to(device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, device=device))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return lora_linears(x, [self.linear(x)])[0]
+        self.register_buffer("start_A", None, persistent=False)
+        self.register_buffer("start_B", None, persistent=False)
 
     def linear(self, x: torch.Tensor) -> Linear:
         """The layer as the kernels take it, for the input x (which only dropout looks at)."""
-        weight = self.weight.t() if self.transposed else self.weight
-        if not self.enabled:
-            return Linear(weight, self.bias)
+        if not self.enabled:  # the base model's function, of which a part may have been taken out
+            base = super().linear(x)
+            return base if self.start_A is None else replace(base, a=self.start_A, b=self.start_B, scale=self.scale)
         keep = self.state.keep(x, self.dropout, self.layer) if self.dropout and self.training else None
         a, b = self.in_dtype(x.dtype)
-        return Linear(weight, self.bias, self.lora_A, self.lora_B, self.scale, keep, self.dropout, a, b)
+        return Linear(
+            self.plain_weight,
+            self.bias,
+            self.lora_A,
+            self.lora_B,
+            self.scale,
+            keep,
+            self.dropout,
+            a,
+            b,
+            self.reader(x.dtype),
+            self.row_scale,
+        )
 
     def in_dtype(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B in the compute dtype: a copy that is made once for each state of the masters."""
@@ -134,19 +152,109 @@ class LoRALinear(nn.Module):
             self._copies = (state, self.lora_A.detach().to(dtype), self.lora_B.detach().to(dtype))
         return self._copies[1], self._copies[2]
 
+    @torch.no_grad()
+    def take_out(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Begin with A and B, and subtract s B A from the base weight, so that the function stays the same."""
+        self.lora_A.copy_(a)
+        self.lora_B.copy_(b)
+        self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
+        rest = torch.addmm(self.weight_in(torch.float32), self.start_B, self.start_A, alpha=-self.scale)
+        # A parameter of its own: a head may share its weight with the embeddings, which stay as they are.
+        stored = (rest.t() if self.transposed else rest).to(self.weight.dtype).contiguous()
+        self.weight = nn.Parameter(stored, requires_grad=False)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
+
+    def exported(self) -> dict[str, torch.Tensor]:
+        """For the base as it was: B A less what was taken out is an ordinary adapter of twice the rank."""
+        found = self.tensors()
+        if self.start_A is not None and self.start_B is not None:
+            found["lora_A.weight"] = torch.cat([self.lora_A, self.start_A])
+            found["lora_B.weight"] = torch.cat([self.lora_B, -self.start_B], 1)
+        return found
+
+    def strengths(self) -> dict[str, tuple[int, float]]:
+        if self.start_A is None:
+            return {"": (self.r, self.alpha)}
+        return {"": (2 * self.r, self.alpha * (math.sqrt(2) if self.rslora else 2))}
+
+    def merged(self) -> dict[str, torch.Tensor]:
+        magnitude = getattr(self, "lora_magnitude_vector", None)
+        whole = adapted_weight(
+            self.weight_in(torch.float32), self.lora_A, self.lora_B, self.scale, magnitude
+        )
+        return {"weight": whole.t() if self.transposed else whole}
+
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, r={self.r}, alpha={self.alpha:g}"
 
 
+class DoRALinear(LoRALinear):
+    """A LoRA layer whose outputs are rescaled, each by a trained magnitude over the norm of its row."""
+
+    def __init__(self, base: nn.Module, r: int, alpha: float, dropout: float, **others: Any) -> None:
+        super().__init__(base, r, alpha, dropout, **others)
+        self.magnitude = Magnitude(self._rows, self._stored, self._low_rank, self.scale)
+        self.lora_magnitude_vector = nn.Parameter(torch.empty(self.out_features, device=self.lora_A.device))
+
+    def begin(self) -> None:
+        """Set the magnitude so that nothing is rescaled; A and B have their first values by now."""
+        self.lora_magnitude_vector.data = self.magnitude.norms().clone()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layer = self.unscaled(x)
+        if layer.keep is None:
+            return self.finish(lora_linears(x, [layer])[0])
+        # As in PEFT, what dropout leaves goes through base and adapter, rescaled, and the rest through the base as it
+        # is: then the mean over masks is right.
+        dropped = x * layer.keep.view(x.shape) * (1.0 / (1.0 - layer.p))
+        out = self.finish(lora_linears(dropped, [replace(layer, keep=None)])[0])
+        return out + lora_linears(x - dropped, [Linear(layer.weight, read=layer.read)])[0]
+
+    def unscaled(self, x: torch.Tensor) -> Linear:
+        """What the kernels compute of the layer; `finish` does the rest."""
+        return replace(self.linear(x), bias=None) if self.enabled else self.linear(x)
+
+    def finish(self, out: torch.Tensor) -> torch.Tensor:
+        """The layer's output from what `unscaled` gives (..., O): by magnitude over norm, and the bias."""
+        if not self.enabled:
+            return out
+        out = (out * self.magnitude.factor(self.lora_magnitude_vector)).to(out.dtype)
+        return out if self.bias is None else out + self.bias
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {**super().tensors(), "lora_magnitude_vector": self.lora_magnitude_vector}
+
+    def _rows(self) -> torch.Tensor:
+        return self.weight_in(torch.float32)
+
+    def _stored(self) -> torch.Tensor:
+        return self.weight
+
+    def _low_rank(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.lora_A, self.lora_B
+
+
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """Module path -> adapted layer."""
+    """Module path -> adapted linear layer."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """Module path -> adapter, of whatever kind."""
+    found: dict[str, Adapter] = {}
+    for name, module in model.named_modules():
+        adapter = module if isinstance(module, LoRALinear) else vars(module).get("forward")
+        if isinstance(adapter, Adapter):
+            found[name] = adapter
+    return found
 
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """The base model's function for a while (reference log-probs, before-and-after)."""
-    layers = list(lora_layers(model).values())
+    layers = list(adapters(model).values())
     before = [layer.enabled for layer in layers]
     for layer in layers:
         layer.enabled = False
@@ -157,151 +265,88 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer.enabled = enabled
 
 
-def add_lora(model: PreTrainedModel, adapter: AdapterConfig, seed: int) -> DropoutState:
-    """Freeze the model and replace the target layers by LoRA layers, B = 0; returns the shared dropout state.
+def add_lora(
+    model: PreTrainedModel, adapter: AdapterConfig, seed: int, sources: Sources | None = None
+) -> DropoutState:
+    """Freeze the model and put an adapter on its targets; returns the shared dropout state.
+
+    The adapter begins as the config says; one that comes from `lora_model_dir`, whose values the caller will fill
+    in, and one on the meta device have shapes only.
 
     Raises:
-        ModelError: a target that matches nothing, or no linear layer; it lists what there is.
+        ModelError: a target or pattern that matches nothing, or nothing that can be adapted; it lists what there is.
     """
+    sources = sources or Sources()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     names = find_targets(model, adapter)
+    expert_parameters = find_parameters(model, adapter)
+    check_kinds(model, adapter, names)
+    strengths, directions = _strengths(model, adapter, names, expert_parameters, sources)
     state = DropoutState(active=adapter.lora_dropout > 0)
     generator = torch.Generator().manual_seed(seed)
-    for index, name in enumerate(names):
+    chosen = [name for name in names if name in strengths]
+    for index, name in enumerate(chosen):
         base = model.get_submodule(name)
-        layer = LoRALinear(
-            base,
-            adapter.lora_r,
-            adapter.lora_alpha,
-            adapter.lora_dropout,
-            rslora=adapter.peft_use_rslora,
-            state=state,
-            layer=index,
-            generator=generator,
-        )
+        r, alpha = strengths[name]
+        common: Any = dict(rslora=adapter.peft_use_rslora, generator=generator)
+        if isinstance(base, nn.Embedding):
+            # Into the instance's own attributes, beside its class's method.
+            vars(base)["forward"] = LoRAEmbedding(base, r, alpha, dora=adapter.peft_use_dora, **common)
+            continue
+        kind = DoRALinear if adapter.peft_use_dora else LoRALinear
+        layer = kind(base, r, alpha, adapter.lora_dropout, state=state, layer=index, **common)
         layer.train(base.training)
         model.set_submodule(name, layer)
+        if adapter.lora_model_dir is None and not layer.weight.is_meta:
+            begin(layer, name, adapter.peft_init_lora_weights, seed + index, sources, directions.get(name))
+        if isinstance(layer, DoRALinear) and not layer.weight.is_meta:
+            layer.begin()
+    for path, parameters in expert_parameters.items():
+        module = model.get_submodule(path)
+        vars(module)["forward"] = LoRAExperts(
+            module,
+            {parameter: strengths[f"{path}.{parameter}"] for parameter in parameters},
+            rslora=adapter.peft_use_rslora,
+            gaussian=adapter.peft_init_lora_weights == "gaussian",
+            generator=generator,
+        )
     train_modules(model, adapter.lora_modules_to_save)
+    if adapter.lora_model_dir is None and changes_base(adapter.peft_init_lora_weights):
+        log.info(
+            "%s: the adapter's part is taken out of the base weights in memory; it is saved as an ordinary adapter of "
+            "twice the rank, for the base as it is",
+            adapter.peft_init_lora_weights,
+        )
     return state
 
 
-def find_targets(model: PreTrainedModel, adapter: AdapterConfig) -> list[str]:
-    """Paths of the layers to adapt, in the model's order: what `lora_target_linear` and `lora_target_modules` say.
-
-    A name in the list matches a module of that name or path ending, a string is a regular expression for
-    the whole path, as in PEFT.
-    """
-    targets = adapter.lora_target_modules
-    linears = [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D | LoRALinear)
-    ]
-    chosen: set[str] = set()
-    read_past = _read_past(model)
-    if adapter.lora_target_linear or targets == "all-linear":
-        chosen |= set(_decoder_linears(model, linears)) - read_past
-        _say_experts(model)
-        if read_past:
-            log.info(
-                "no LoRA on %d state-space output layers: their kernels read the weights alone",
-                len(read_past),
-            )
-    if isinstance(targets, str) and targets != "all-linear":
-        try:
-            pattern = re.compile(targets)
-        except re.error as error:
-            raise ConfigError(
-                f"lora_target_modules: {targets!r} is no regular expression: {error}"
-            ) from error
-        matched = [name for name, _ in model.named_modules() if pattern.fullmatch(name)]
-        chosen |= _only_linears(model, matched, targets, linears)
-    elif isinstance(targets, list | tuple):
-        for target in targets:
-            matched = [n for n, _ in model.named_modules() if n == target or n.endswith("." + target)]
-            chosen |= _only_linears(model, matched, target, linears)
-    if chosen & read_past:
-        raise ModelError(
-            f"lora_target_modules: {min(chosen & read_past)} is the output of a state-space layer, whose kernels "
-            "read its weight alone and would pass over an adapter; leave it out"
-        )
-    if adapter.peft_layers_to_transform is not None:
-        wanted = set(adapter.peft_layers_to_transform)
-        found = {int(m[1]) for name in chosen if (m := _LAYER_INDEX.search(f".{name}."))}
-        if wanted - found:
-            raise ModelError(
-                f"peft_layers_to_transform: {sorted(wanted - found)} match no adapted layer; "
-                f"the model has layers 0 to {max(found, default=-1)}"
-            )
-        chosen = {n for n in chosen if (m := _LAYER_INDEX.search(f".{n}.")) and int(m[1]) in wanted}
-    if not chosen:
-        raise ModelError(f"the adapter would change no layer; the linear layers here are: {_kinds(linears)}")
-    return [name for name in linears if name in chosen]
-
-
-def _decoder_linears(model: PreTrainedModel, linears: Sequence[str]) -> list[str]:
-    """All linear layers of the text decoder: the head is outside it, and so are vision and audio towers."""
-    decoder = decoder_of(model)
-    prefix = next(name for name, module in model.named_modules() if module is decoder)
-    head = model.get_output_embeddings()
-    return [n for n in linears if n.startswith(prefix + ".") and model.get_submodule(n) is not head]
-
-
-def _read_past(model: nn.Module) -> set[str]:
-    """Linear layers whose weight a fused kernel of their parent reads, so that an adapter on them would be
-    passed over: `out_proj` of Mamba's mixers. PEFT refuses them as well.
-    """
-    return {
-        f"{name}.out_proj"
-        for name, module in model.named_modules()
-        if hasattr(module, "A_log") and isinstance(getattr(module, "out_proj", None), nn.Linear | LoRALinear)
-    }
-
-
-def _say_experts(model: nn.Module) -> None:
-    """transformers keeps the experts of a layer in one tensor each, which no linear layer holds."""
-    experts = sorted({n.rpartition(".")[2] for n, p in model.named_parameters() if p.dim() == 3})
-    if experts:
-        log.warning(
-            "no LoRA on the experts of this model (%s): they are no linear layers", ", ".join(experts)
-        )
-
-
-def _only_linears(model: nn.Module, matched: list[str], target: str, linears: Sequence[str]) -> set[str]:
-    if not matched:
-        raise ModelError(
-            f"lora_target_modules: nothing in the model matches {target!r}; "
-            f"the linear layers here are: {_kinds(linears)}"
-        )
-    others = sorted(
-        {type(model.get_submodule(n)).__name__ for n in matched} - {"Linear", "Conv1D", "LoRALinear"}
-    )
-    kept = {n for n in matched if n in set(linears)}
-    if not kept:
-        raise ModelError(
-            f"lora_target_modules: {target!r} matches {', '.join(others)} only, and LoRA here adapts linear layers; "
-            f"they are: {_kinds(linears)}"
-        )
-    return kept
-
-
-def _kinds(linears: Sequence[str]) -> str:
-    return ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none"
-
-
-def modules_named(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Paths of the modules that `lora_modules_to_save` names, by last name or path ending; each must exist."""
-    paths = []
-    for target in names:
-        matched = [n for n, _ in model.named_modules() if n == target or n.endswith("." + target)]
-        if not matched:
-            leaves = sorted(
-                {n.rpartition(".")[2] for n, m in model.named_modules() if n and not list(m.children())}
-            )
-            raise ModelError(
-                f"lora_modules_to_save: nothing in the model matches {target!r}; there is: {', '.join(leaves)}"
-            )
-        paths += matched
-    return paths
+def _strengths(
+    model: PreTrainedModel,
+    adapter: AdapterConfig,
+    names: list[str],
+    expert_parameters: dict[str, list[str]],
+    sources: Sources,
+) -> tuple[dict[str, tuple[int, float]], dict[str, torch.Tensor]]:
+    """Rank and alpha of everything that gets an adapter, by patterns or by the budget; and first A's, if the data
+    gave them."""
+    every = [*names, *(f"{path}.{name}" for path, found in expert_parameters.items() for name in found)]
+    by_patterns = strengths_by_patterns(adapter, every)
+    if not looks_at_data(adapter):
+        return by_patterns, {}
+    layers = {name: model.get_submodule(name) for name in names}
+    if sources.earlier is not None:
+        ranks = earlier_ranks(sources.earlier, names, adapter.peft_init_lora_weights)
+        directions: dict[str, torch.Tensor] = {}
+        log.info("ranks by layer are those of the checkpoint")
+    else:
+        ranks, directions = choose_ranks(model, layers, adapter, sources.documents)
+    if adapter.lora_rank_budget is None:
+        return by_patterns, directions
+    # The factor on B A stays that of lora_r, as in PEFT; what rank stabilisation says of ranks holds for these.
+    grow = 0.0 if adapter.peft_use_rslora else 1.0
+    alphas = {name: adapter.lora_alpha * (r / adapter.lora_r) ** grow for name, r in ranks.items()}
+    return {name: (r, alphas[name]) for name, r in ranks.items() if r > 0}, directions
 
 
 def train_modules(model: PreTrainedModel, names: Sequence[str]) -> None:
@@ -320,7 +365,7 @@ def train_modules(model: PreTrainedModel, names: Sequence[str]) -> None:
         alone = cast(nn.Linear, embeddings if any(m is embeddings for m in saved) else head)
         alone.weight = nn.Parameter(alone.weight.detach().clone())
     for module in saved:
-        if adapted := lora_layers(module):
+        if adapted := adapters(module):
             inside = next(iter(adapted))
             raise ModelError(
                 "lora_modules_to_save and the LoRA targets name the same layer"

@@ -3,10 +3,14 @@
 A pass's memory grows with its tokens, so one number bounds it. On CUDA the number is measured: one real pass
 runs and the allocator says what it took. Elsewhere it is estimated from the shapes of the linear layers, which
 costs nothing, and leaves more room for being wrong.
+
+Where what a pass has to hold does not fit (one document, or as many tokens as run at full speed), smaller passes are
+no way out, and layers recompute (`gradient_checkpointing: auto`): as much as it takes, by what `models.kept` counts.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +21,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from luthier.models.fused import FusedLayer
+from luthier.models.kept import count
+from luthier.models.layers import Recomputation, layers_of
 from luthier.models.load import decoder_of, embeddings_of, text_config_of
+from luthier.models.policy import Policy
+from luthier.models.recompute import Mode
+
+log = logging.getLogger("luthier")
 
 # Tokens of a pass on a CPU. Matrix multiplies are at their full speed long before, but more documents in a pass share
 # more of what they begin with: at SmolLM2-135M's shape with 8 of its layers, 32 Alpaca rows a step, passes of 512 /
@@ -25,6 +36,9 @@ from luthier.models.load import decoder_of, embeddings_of, text_config_of
 CPU_TOKENS = 2048
 # Tokens of the pass that is measured on CUDA.
 PROBE_TOKENS = 2048
+# A pass of fewer tokens is slower than recomputation is worth; one of more hardly faster, see above.
+FULL_SPEED_TOKENS = {"cpu": 512}
+FULL_SPEED_ELSEWHERE = 2048
 
 # Share of the free memory that may be planned with. A measured pass leaves out fragmentation only; an estimate
 # from shapes is rough, and a computer's memory is shared with whatever else its user does.
@@ -32,6 +46,8 @@ _SHARE_MEASURED, _SHARE_ESTIMATED = 0.85, 0.5
 # What a layer keeps for its backward beside the inputs and outputs of its linear layers (norms, activation
 # functions, attention), as a factor on those. Measured on transformers' Llama: 1.2 to 1.4.
 _BESIDE_LINEARS = 1.5
+# Of that, what is left where layers make parts of it again; rough, as the rest of the estimate.
+_LEFT: dict[Mode, float] = {"keep": 1.0, "norms": 0.85, "mlp": 0.45, "layer": 0.0, "offload": 0.0}
 # fp32 gradient and Adam's two moments for each trained parameter, and its gradient in 16 bits.
 _OPTIMIZER_BYTES = 14
 
@@ -45,6 +61,61 @@ class Budget:
 
     def __str__(self) -> str:
         return f"passes of up to {self.tokens:,} tokens ({self.why})"
+
+
+def choose_pass(
+    policy: Policy,
+    recomputation: Recomputation,
+    device: torch.device,
+    *,
+    longest: int,
+    step_tokens: int,
+    run_pass: Callable[[], int],
+    asked: int | None = None,
+) -> Budget:
+    """`choose_budget`, and before it how much the layers recompute, where that is free to be chosen: set on the
+    layers, and said. Nothing is recomputed where memory has room for the longest document and for a pass that runs at
+    full speed.
+
+    Args:
+        asked: tokens of a pass that the user asks for; it is not changed.
+    """
+    full_speed = FULL_SPEED_TOKENS.get(device.type, FULL_SPEED_ELSEWHERE)
+    needed = max(longest, min(step_tokens, asked or full_speed))
+    if recomputation.free:
+        share = _SHARE_MEASURED if device.type == "cuda" else _SHARE_ESTIMATED
+        trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
+        room = share * max(0, free_memory(device) - _OPTIMIZER_BYTES * trained)
+        # The rough figure is on the large side: where it fits, there is nothing to count.
+        if activation_bytes(policy.model) * needed > room:
+            kept = count(policy, recomputation)
+            modes = kept.choose(needed, longest, room)
+            whole = kept.bytes(list(recomputation.modes), needed, longest)
+            recomputation.set(modes)
+            log.info(
+                "%s (a pass of %s tokens would take %s, there is room for %s)",
+                recomputation,
+                f"{needed:,}",
+                _size(whole),
+                _size(room),
+            )
+            if (least := kept.bytes(modes, needed, longest)) > room:
+                log.warning(
+                    "memory is short all the same: %s; gradient_checkpointing: offload keeps least on a GPU, and a "
+                    "shorter sequence_len needs less",
+                    _size(least),
+                )
+            if asked is None:
+                most = min(step_tokens, CPU_TOKENS) if device.type == "cpu" else step_tokens
+                tokens = kept.tokens(modes, longest, room, most)
+                return Budget(tokens, f"{_size(room)} of room, counted")
+        else:
+            log.info("%s, memory suffices", recomputation)
+    if asked is not None:
+        return Budget(asked, "max_tokens_per_pass")
+    return choose_budget(
+        policy.model, device, longest=longest, step_tokens=step_tokens, run_pass=run_pass
+    )
 
 
 def choose_budget(
@@ -89,16 +160,27 @@ def choose_budget(
 def activation_bytes(model: PreTrainedModel) -> int:
     """Bytes that a decoder keeps for its backward pass, for each token, estimated from its linear layers.
 
-    With gradient checkpointing that is the input of every layer and the inside of one.
+    Of a layer that is recomputed that is its input, and the inside of one of them.
     """
     decoder = decoder_of(model)
     hidden = embeddings_of(model).weight  # quantised weights have another dtype than what is computed
-    layers = [_linear_widths(layer, model) for layer in getattr(decoder, "layers", [decoder])]
-    if getattr(decoder, "gradient_checkpointing", False):
-        kept = hidden.shape[1] * len(layers) + _BESIDE_LINEARS * max(layers)
-    else:
-        kept = _BESIDE_LINEARS * sum(layers)
-    return int(kept * hidden.element_size())
+    kept = inside = 0.0
+    for layer in layers_of(decoder):
+        width, mode = _BESIDE_LINEARS * _linear_widths(layer, model), _mode_of(layer, decoder)
+        kept += _LEFT[mode] * width + (hidden.shape[1] if mode == "layer" else 0)
+        inside = max(inside, (1 - _LEFT[mode]) * width)
+    return int((kept + inside) * hidden.element_size())
+
+
+def _size(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def _mode_of(layer: nn.Module, decoder: nn.Module) -> Mode:
+    if isinstance(forward := layer.__dict__.get("forward"), FusedLayer):
+        return forward.mode
+    whole = getattr(layer, "gradient_checkpointing", getattr(decoder, "gradient_checkpointing", False))
+    return "layer" if whole else "keep"
 
 
 def _linear_widths(layer: nn.Module, model: PreTrainedModel) -> int:

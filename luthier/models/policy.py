@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from luthier.kernels.linear_ce import head_logps, linear_logps, transform_logits
 from luthier.models.attention import NAME, flat_pass
+from luthier.models.frozen import FrozenLinear
 from luthier.models.load import decoder_of, text_config_of
 from luthier.models.lora import DropoutState, lora_layers
 
@@ -136,7 +137,8 @@ class Policy(nn.Module):
         )
         head = self.model.get_output_embeddings()
         scale, softcap = self.convention.scale, self.convention.softcap
-        if type(head) is not nn.Linear:  # a head with an adapter, or in a format of its own
+        plain = type(head) is nn.Linear or (type(head) is FrozenLinear and head.storage == "dense")
+        if not plain:  # a head with an adapter, or in a format of its own
             vocabulary = head.weight.shape[0]
             return head_logps(
                 hidden_ND, batch.target_N, head, vocabulary=vocabulary, scale=scale, softcap=softcap

@@ -110,7 +110,8 @@ def write_model_card(folder: Path, config: Config, summary: Mapping[str, Any]) -
     """`README.md` of the run folder.
 
     `summary`: figures of the run, shown where they are there and not None: steps, kept_step, examples,
-    tokens, trained_tokens, seconds, final_loss, best_eval_loss, best_step, overfitting_since.
+    tokens, trained_tokens, seconds, final_loss, best_eval_loss, best_step, overfitting_since, measured_peak_gib,
+    predicted_peak_gib.
     """
     name = Path(config.output.output_dir).expanduser().resolve().name
     lora = config.adapter.adapter is not None
@@ -127,7 +128,7 @@ def write_model_card(folder: Path, config: Config, summary: Mapping[str, Any]) -
         _table(("", ""), _result_rows(summary)),
         "![Losses over the steps](loss.png)\n",
         "## How to use it\n",
-        _usage(name, lora),
+        _usage(name, lora, config),
         "## Settings\n",
         _table(("key", "value"), _setting_rows(config)),
         "All settings, with where each came from, are in `config.yaml`; versions and hardware in "
@@ -211,6 +212,8 @@ def _result_rows(summary: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     yield from shown("tokens", "tokens", ",")
     yield from shown("trained tokens", "trained_tokens", ",")
     yield from shown("seconds", "seconds", ",.0f")
+    yield from shown("peak memory, GiB", "measured_peak_gib", ".2f")
+    yield from shown("peak memory as predicted, GiB", "predicted_peak_gib", ".2f")
 
 
 def _setting_rows(config: Config) -> Iterable[tuple[str, str]]:
@@ -222,9 +225,16 @@ def _setting_rows(config: Config) -> Iterable[tuple[str, str]]:
             yield f"`{key}`", f"`{text}`"
 
 
-def _usage(name: str, lora: bool) -> str:
+def _usage(name: str, lora: bool, config: Config) -> str:
     module, cls = ("peft", "AutoPeftModelForCausalLM") if lora else ("transformers", "AutoModelForCausalLM")
-    return f"""With Luthier, which puts the prompt into the format of the training:
+    scaled = ""
+    if lora and config.model.rope_parameters:
+        scaled = (
+            "\nThe adapter was trained with a scaled rotary embedding and is right with that only: the base has to be "
+            "loaded with these `rope_parameters`, in its `config.json` or as an argument of `from_pretrained`, and the "
+            f"adapter put on it afterwards:\n\n```json\n{json.dumps(config.model.rope_parameters)}\n```\n"
+        )
+    return scaled + f"""With Luthier, which puts the prompt into the format of the training:
 
 ```bash
 luthier generate {name} --prompt "..."

@@ -5,7 +5,7 @@ that a run killed at any moment leaves either a whole checkpoint or none; every 
 `trainer_state.json`, so that one that was damaged later is recognised and passed over.
 
     checkpoint-N/
-      masters.safetensors     the trained parameters in fp32
+      masters.safetensors     the trained parameters in fp32 (in bfloat16 if they are trained in it), as evaluated
       optimizer.safetensors   the optimizer's tensors, `<field>/<parameter name>`
       rng.pt                  random states of torch
       trainer_state.json      where the run stands, and the checksums
@@ -36,6 +36,8 @@ log = logging.getLogger("luthier")
 _NAME = re.compile(r"checkpoint-(\d+)")
 _PARTIAL = ".partial-"
 STATE = "trainer_state.json"
+# Before the name of what an optimizer keeps for a group of parameters; it is written for each of them.
+_OF_GROUP = "group."
 
 
 @dataclass
@@ -61,6 +63,7 @@ class State:
         window: since the last logged row. between: since the last evaluation.
         evaluations: (step, eval loss, mean train loss since the evaluation before it), in order.
         tokens_per_pass: most tokens in a forward pass. tokens_asked: what the config said of it then.
+        recomputed: how each layer recomputes (`models.recompute`), where memory chose it.
     """
 
     step: int = 0
@@ -78,6 +81,7 @@ class State:
     loss_scale: dict[str, Any] = field(default_factory=dict)
     tokens_per_pass: int = 0
     tokens_asked: int | str | None = None
+    recomputed: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> State:
@@ -221,12 +225,18 @@ def restore_optimizer(path: Path, masters: dict[str, torch.Tensor], optimizer: t
     for key, tensor in load_file(path / "optimizer.safetensors").items():
         field_name, _, name = key.partition("/")
         by_parameter[name][field_name] = tensor
+    of_group: dict[str, dict[str, Any]] = {name: {} for name in masters}
     for key, value in values.items():
         field_name, _, name = key.partition("/")
-        by_parameter[name][field_name] = value
+        if field_name.startswith(_OF_GROUP):
+            of_group[name][field_name.removeprefix(_OF_GROUP)] = value
+        else:
+            by_parameter[name][field_name] = value
     # torch numbers parameters in group order and moves the state to each parameter's device and dtype
     names = {id(master): name for name, master in masters.items()}
     packed = optimizer.state_dict()
+    for saved, group in zip(packed["param_groups"], optimizer.param_groups, strict=True):
+        saved |= of_group[names[id(group["params"][0])]]
     ordered = [p for group in optimizer.param_groups for p in group["params"]]
     packed["state"] = {
         i: by_parameter[names[id(p)]] for i, p in enumerate(ordered) if by_parameter[names[id(p)]]
@@ -245,14 +255,28 @@ def optimizer_by_name(
     names = {id(master): name for name, master in masters.items()}
     tensors: dict[str, torch.Tensor] = {}
     others: dict[str, Any] = {}
+    seen: set[int] = set()
     for parameter, state in optimizer.state.items():
         for field_name, value in state.items():
             key = f"{field_name}/{names[id(parameter)]}"
             if isinstance(value, torch.Tensor):
-                tensors[key] = value
+                # bitsandbytes' parameters share the table of what 8 bits stand for; a file's tensors share nothing
+                place = value.untyped_storage().data_ptr()
+                tensors[key] = value.clone() if place and place in seen else value
+                seen.add(place)
             else:
                 others[key] = value
+    for group in optimizer.param_groups:
+        for field_name in _group_state(optimizer):
+            if field_name in group:
+                value = group[field_name]
+                others |= {f"{_OF_GROUP}{field_name}/{names[id(p)]}": value for p in group["params"]}
     return tensors, others
+
+
+def _group_state(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """What an optimizer keeps in its groups beside settings, such as a count of steps; torch's own have none."""
+    return getattr(optimizer, "group_state", ())
 
 
 def share(folder: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from luthier.config import Config
 from luthier.errors import RunError
+from luthier.plan.measured import Peak
 from luthier.train import checkpoint
 from luthier.train.artifacts import plot_losses, write_model_card
 from luthier.train.checkpoint import Checkpoints, State
@@ -41,8 +42,13 @@ def finish(
     masters: Masters,
     recorder: Recorder,
     examples: int,
+    peak: Peak | None = None,
 ) -> RunResult:
-    """The result at the top of the run folder: adapter or model, tokenizer, card, plot."""
+    """The result at the top of the run folder: adapter or model, tokenizer, card, plot.
+
+    Args:
+        peak: memory as it was predicted and measured, where both are known.
+    """
     kept = state.step
     if config.output.load_best_model_at_end and state.best_step is not None and state.best_step != state.step:
         best = folder / f"checkpoint-{state.best_step}"
@@ -67,7 +73,10 @@ def finish(
         "best_step": state.best_step,
         "overfitting_since": overfitting_since(state),
         "final_loss": last_loss(folder),
+        **(peak.summary() if peak is not None else {}),
     }
+    if peak is not None:
+        recorder.say(str(peak))
     try:
         publish(folder, checkpoints.write_model)
         write_model_card(folder, config, summary)

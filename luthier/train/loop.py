@@ -10,6 +10,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -49,9 +50,11 @@ class Masters(Protocol):
     """The fp32 parameters that the optimizer steps on; see `train.optim.Masters`."""
 
     masters: dict[str, torch.Tensor]
+    stepped_by_backward: bool
 
     def zero_grad(self) -> None: ...
     def publish(self) -> None: ...
+    def looked_at(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]: ...
 
 
 class OutOfMemory(RunError):
@@ -61,9 +64,9 @@ class OutOfMemory(RunError):
     def __init__(self, step: int, documents: int, tokens: int) -> None:
         self.documents, self.tokens = documents, tokens
         cure = (
-            "it is one document, so that no cut helps; gradient_checkpointing: true keeps less for the backward "
-            "pass, a shorter sequence_len takes out what is as long, and a smaller lora_r or a 16-bit model needs "
-            "less"
+            "it is one document, so that no cut helps; gradient_checkpointing: auto keeps less for the backward pass "
+            "and offload (on a GPU) least, a shorter sequence_len takes out what is as long, and a smaller lora_r or "
+            "a 16-bit model needs less"
             if documents == 1
             else f"go on with max_tokens_per_pass: {tokens // 2} and --resume_from_checkpoint auto"
         )
@@ -120,6 +123,7 @@ def fit(
     interrupted: Callable[[], bool],
     device: torch.device,
     peak_memory: Callable[[], float],
+    keep_less: Callable[[], str] | None = None,
 ) -> State:
     """Train from `state.step` to the plan's end, an interruption, or early stopping; returns the state reached.
 
@@ -128,6 +132,8 @@ def fit(
         scaler: scales the loss where activations are fp16; disabled otherwise.
         evaluate: step -> row of figures, `eval_loss` among them. sample: step -> generated samples.
         interrupted: asked after every step; true ends the run after a checkpoint.
+        keep_less: where a single document is too long for memory: makes the policy keep less for backward, and says
+            what it did; empty if there is no more to do.
 
     Raises:
         RunError: the loss is not finite, or a checkpoint cannot be written.
@@ -136,16 +142,25 @@ def fit(
     while state.step < plan.total_steps and not _patience_is_over(state, plan):
         began = time.perf_counter()
 
+        rate = learning_rate(state.step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_factor", 1.0)
+
         # 1. Forward and backward of the whole step, in passes that memory holds.
         step, loss, correct, computed = _gradients(
-            policy, objective, loader, masters, scaler=scaler, state=state, recorder=recorder, device=device
+            policy,
+            objective,
+            loader,
+            masters,
+            scaler=scaler,
+            state=state,
+            recorder=recorder,
+            device=device,
+            keep_less=keep_less,
         )
 
         # 2. Clip, step, and copy the masters into the 16-bit parameters. With fp16 an overflow is ordinary: the
         #    scaler skips that step and lowers the scale.
-        rate = learning_rate(state.step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
         scaler.unscale_(optimizer)
         norm = clip(masters)
         before = scaler.get_scale()
@@ -173,25 +188,27 @@ def fit(
         _count(state, step, time.perf_counter() - began)
         recorder.advance(state.step)
 
-        # 4. Log, evaluate, save.
+        # 4. Log, evaluate, save. The weights that are looked at need not be those that gradients are taken at.
         if logs:
             recorder.row(_row(state, plan, loader, rate, last_norm, peak_memory()))
             state.window = Window()
         improved = False
-        if plan.evaluate(state.step):
-            if evaluate:
-                improved = _note_evaluation(state, evaluate(state.step), recorder)
-            if sample:
-                recorder.samples(sample(state.step))
-            stopping = stopping or interrupted()
-        if saves or stopping or (improved and plan.save_best):
-            checkpoints.save(state, masters.masters, optimizer)
+        with masters.looked_at(optimizer) if saves or plan.evaluate(state.step) else nullcontext():
+            if plan.evaluate(state.step):
+                if evaluate:
+                    improved = _note_evaluation(state, evaluate(state.step), recorder)
+                if sample:
+                    recorder.samples(sample(state.step))
+                stopping = stopping or interrupted()
+            if saves or stopping or (improved and plan.save_best):
+                checkpoints.save(state, masters.masters, optimizer)
 
         # 5. End early: asked to, or no longer improving.
         if stopping:
             break
         if _patience_is_over(state, plan):
-            checkpoints.save(state, masters.masters, optimizer)
+            with masters.looked_at(optimizer):
+                checkpoints.save(state, masters.masters, optimizer)
             recorder.say(
                 f"stopping early: eval loss has not improved in {plan.patience} evaluations "
                 f"(best {state.best_loss:.4f} at step {state.best_step})"
@@ -210,12 +227,13 @@ def _gradients(
     state: State,
     recorder: Recorder,
     device: torch.device,
+    keep_less: Callable[[], str] | None,
 ) -> tuple[Step, torch.Tensor, torch.Tensor, int]:
     """The gradients of the next step, in the masters; returns the step, its loss and its hits, both on the
     device, and the tokens that were computed.
 
     Out of memory, the step is cut anew into passes half as large and repeated from its first, and so are the
-    steps after it, here and in a run that resumes.
+    steps after it, here and in a run that resumes. A single document cannot be cut, and more is recomputed instead.
     """
     while True:
         # The whole step is known first, so that every pass has the step's denominator.
@@ -225,7 +243,15 @@ def _gradients(
         try:
             return step, *_run_passes(policy, objective, loader, step, scaler, state.step + 1, device)
         except OutOfMemory as error:
-            if error.documents == 1:
+            if masters.stepped_by_backward:  # some weights have taken their step already
+                raise RunError(
+                    f"out of memory at step {state.step + 1}, one pass of {error.tokens} tokens as "
+                    "optimizer_in_backward needs it: a smaller micro_batch_size or sequence_len needs less, "
+                    "or gradient_checkpointing: true"
+                ) from error
+            alone = error.documents == 1
+            done = keep_less() if alone and keep_less is not None else ""
+            if alone and not done:
                 raise
             before, smaller = loader.tokens_per_pass, min(loader.tokens_per_pass, error.tokens) // 2
         # Outside of the except block: while there is a traceback, its frames hold the pass's activations.
@@ -233,6 +259,9 @@ def _gradients(
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+        if alone:
+            recorder.say(f"out of memory at step {state.step + 1} in one document: going on with {done}")
+            continue
         loader.tokens_per_pass = state.tokens_per_pass = smaller
         recorder.say(
             f"out of memory at step {state.step + 1} with passes of up to {before} tokens: going on with {smaller}"

@@ -1,44 +1,19 @@
-"""Optimizers by name, learning-rate schedules as functions of the step, and fp32 masters for 16-bit weights."""
+"""fp32 masters for 16-bit weights, learning-rate schedules as functions of the step, and clipping."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from luthier.config import TrainingConfig
-from luthier.errors import ConfigError
 
 log = logging.getLogger("luthier")
-
-
-def _adam_arguments(training: TrainingConfig) -> dict[str, Any]:
-    return dict(betas=(training.adam_beta1, training.adam_beta2), eps=training.adam_epsilon)
-
-
-# Arguments of torch's optimizers that would be overruled by, or silently overrule, keys of the config.
-_KEYS = {
-    "lr": "learning_rate",
-    "betas": "adam_beta1 and adam_beta2",
-    "eps": "adam_epsilon",
-    "weight_decay": "weight_decay",
-}
-
-# name -> constructor of (parameter groups, learning rate, config section)
-OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], float, TrainingConfig], torch.optim.Optimizer]] = {
-    "adamw_torch": lambda groups, lr, t: torch.optim.AdamW(
-        groups, lr=lr, **{**_adam_arguments(t), "fused": False, **t.optim_args}
-    ),
-    "adamw_torch_fused": lambda groups, lr, t: torch.optim.AdamW(
-        groups, lr=lr, **{**_adam_arguments(t), "fused": True, **t.optim_args}
-    ),
-    "adam": lambda groups, lr, t: torch.optim.Adam(groups, lr=lr, **{**_adam_arguments(t), **t.optim_args}),
-    "sgd": lambda groups, lr, t: torch.optim.SGD(groups, lr=lr, **t.optim_args),
-}
 
 
 class Masters:
@@ -47,15 +22,29 @@ class Masters:
     A 16-bit parameter gets an fp32 copy, because an update is often smaller than the parameter's own rounding;
     its gradients are added up in fp32 as each pass ends, and its 16-bit gradient is freed at once. An fp32
     parameter is its own master.
+
+    Args:
+        copies: false where the optimizer rounds stochastically (`train.composed`): then 16-bit parameters are their
+            own masters too, and only their gradients are in fp32.
+
+    Attributes:
+        masters: by parameter name. hidden: names of the matrices inside of the network, which are no embeddings and
+            no head. stepped_by_backward: whether steps are taken inside of the backward pass.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, copies: bool = True) -> None:
         self.masters: dict[str, torch.Tensor] = {}
+        self.hidden = _hidden_matrices(model)
+        self.stepped_by_backward = False
         self._copies: list[tuple[nn.Parameter, torch.Tensor]] = []
+        self._parameters: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            if parameter.dtype == torch.float32:
+            self._parameters.append(parameter)
+            if parameter.dtype == torch.float32 or not copies:
+                if parameter.dtype != torch.float32:
+                    parameter.grad_dtype = torch.float32
                 self.masters[name] = parameter
                 continue
             master = parameter.detach().float()
@@ -80,6 +69,24 @@ class Masters:
     def __iter__(self) -> Iterator[torch.Tensor]:
         return iter(self.masters.values())
 
+    def pairs(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+        """Each trained parameter of the model with its master."""
+        return zip(self._parameters, self.masters.values(), strict=True)
+
+    @contextmanager
+    def looked_at(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """While the model is evaluated or saved: a schedule-free optimizer puts its average in place for that."""
+        if not hasattr(optimizer, "eval"):
+            yield
+            return
+        optimizer.eval()
+        self.publish()
+        try:
+            yield
+        finally:
+            optimizer.train()  # type: ignore[attr-defined]
+            self.publish()
+
     def zero_grad(self) -> None:
         for master in self:
             master.grad = None
@@ -102,29 +109,12 @@ class Masters:
         self.publish()
 
 
-def build_optimizer(masters: Masters, training: TrainingConfig) -> torch.optim.Optimizer:
-    """The configured optimizer; weight decay leaves out biases and vectors such as norm weights.
-
-    Raises:
-        ConfigError: `optim_args` that the optimizer does not take.
-    """
-    decayed = [m for m in masters if m.dim() >= 2]
-    others = [m for m in masters if m.dim() < 2]
-    groups: list[dict[str, Any]] = []
-    if decayed:
-        groups.append({"params": decayed, "weight_decay": training.weight_decay})
-    if others:
-        groups.append({"params": others, "weight_decay": 0.0})
-    for name in training.optim_args:
-        if name in _KEYS:
-            raise ConfigError(f"optim_args: {name} has a key of its own: set {_KEYS[name]} instead")
-    assert training.learning_rate is not None  # derived when the config is loaded
-    try:
-        return OPTIMIZERS[training.optimizer](groups, training.learning_rate, training)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"optim_args: {training.optimizer} does not take {training.optim_args}: {error}"
-        ) from error
+def _hidden_matrices(model: nn.Module) -> set[str]:
+    head = cast(Any, model).get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    outside = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    if head is not None:
+        outside.add(id(head.weight))
+    return {name for name, p in model.named_parameters() if p.dim() == 2 and id(p) not in outside}
 
 
 def schedule(training: TrainingConfig, total_steps: int) -> Callable[[int], float]:

@@ -43,6 +43,7 @@ def resume(
         raise RunError(f"{path}: this checkpoint belongs to another run; what differs: {says}")
     masters.load(checkpoint.read_masters(path))
     checkpoint.restore_optimizer(path, masters.masters, optimizer)
+    masters.publish()  # an optimizer may put weights of its own in place (schedule-free)
     if state.loss_scale:
         scaler.load_state_dict(state.loss_scale)
     log.info("going on from %s", path)

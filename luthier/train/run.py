@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +26,7 @@ from luthier.data.formats import prompt_example
 from luthier.data.loader import StepLoader
 from luthier.data.render import Renderer
 from luthier.data.tokenizer import load_tokenizer, terminator_ids
+from luthier.errors import ConfigError
 from luthier.evaluate.loss import evaluate_loss
 from luthier.evaluate.samples import Sampler, validation_prompts
 from luthier.generate.engine import Engine, default_terminators
@@ -38,13 +40,20 @@ from luthier.models.device import (
     peak_memory_gib,
     set_matmul_precision,
 )
+from luthier.models.fp8 import check_fp8, round_to_fp8
 from luthier.models.fuse import fuse_policy
 from luthier.models.isolation import build_policy
-from luthier.models.memory import PROBE_TOKENS, Budget, choose_budget
+from luthier.models.layers import Recomputation, recomputation_of
+from luthier.models.load import read_model_config
+from luthier.models.memory import PROBE_TOKENS, Budget, choose_pass
 from luthier.models.policy import Policy
+from luthier.models.rank_budget import TOKENS, looks_at_data
+from luthier.models.rope import with_positions
 from luthier.objectives.sft import sft
+from luthier.plan.measured import PeakWatch
 from luthier.train.artifacts import write_environment
 from luthier.train.checkpoint import Checkpoints, State
+from luthier.train.composed import PerParameter
 from luthier.train.files import write_text_atomic
 from luthier.train.finish import RunResult, finish
 from luthier.train.folder import CONFIG, RunFolder, hold_folder
@@ -52,7 +61,8 @@ from luthier.train.interrupt import Interrupt, terminated_with_a_message
 from luthier.train.intervals import build_plan
 from luthier.train.loop import fit
 from luthier.train.metrics import Recorder
-from luthier.train.optim import Masters, build_optimizer, clip_gradients, schedule
+from luthier.train.optim import Masters, clip_gradients, schedule
+from luthier.train.optimizers import build_optimizer, check_optimizer, set_labels
 from luthier.train.resume import resume, say_changes
 from luthier.train.trackers import Trackers
 
@@ -90,24 +100,36 @@ def _train(config: Config, opened: RunFolder, trackers: Trackers, began: float) 
     # 1. Where and in which precision, and the data.
     device = choose_device(config.model.device_map)
     dtype = choose_dtype(config, device)
+    if config.model.load_in_fp8:
+        check_fp8(device, dtype)
+    check_optimizer(config.training, device, dtype)
     set_matmul_precision(config, device)
     keep_freed_memory(device)
     torch.manual_seed(config.training.seed)
     tokenizer = load_tokenizer(config)
     data = prepare(config, tokenizer)
     data.report.log()
+    config = with_positions(config, read_model_config(config.model), [data.train, data.validation])
+    watch = PeakWatch(config, device, dtype, len(tokenizer))
 
     # 2. The model, what of it is trained, and the steps.
-    model, dropout = build_model(config, tokenizer, device, dtype)
+    documents = _first_documents(data.train, config) if looks_at_data(config.adapter) else None
+    model, dropout = build_model(
+        config, tokenizer, device, dtype, documents=documents, resume_from=opened.resume_from
+    )
     policy = build_policy(model, dropout, config.data.sequence_len)
     policy.weighted_sum = True  # the objective is `sft`
     if config.precision.kernels == "auto":
         fuse_policy(policy)
-    masters = Masters(model)
+    masters = Masters(model, copies=not config.training.bf16_stochastic_rounding)
     optimizer = build_optimizer(masters, config.training)
+    watch.follow(policy, masters)
     share = config.training.share_prefixes == "auto" and policy.may_share()
     loader = _loader(config, data.train, alone=not policy.flat, share=share)
+    set_labels(optimizer, float(data.train.trained.sum()) / loader.steps_per_epoch)
     total_steps = config.training.max_steps or math.ceil(config.training.num_epochs * loader.steps_per_epoch)
+    if config.model.load_in_fp8:
+        round_to_fp8(policy, next(loader.batches(loader.step(0), device)))
     _say_steps(config, loader, total_steps, device, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
@@ -117,9 +139,14 @@ def _train(config: Config, opened: RunFolder, trackers: Trackers, began: float) 
     if opened.resume_from is not None:
         state = resume(opened.resume_from, job, masters, optimizer, scaler)
         say_changes(folder, config)
-    budget = _budget(config, state, loader, policy, masters, device)
+    recomputation = recomputation_of(policy.model, config.precision, state.recomputed)
+    budget = _budget(config, state, loader, policy, masters, recomputation, device)
     log.info("%s", budget)
+    state.recomputed = list(recomputation.modes) if recomputation.free else []
     loader.tokens_per_pass = state.tokens_per_pass = budget.tokens
+    clip: Callable[[Masters], torch.Tensor] = partial(clip_gradients, max_norm=config.training.max_grad_norm)
+    if config.training.optimizer_in_backward:
+        clip = _steps_in_backward(optimizer, masters, loader)
     if (saved := loader.saving()) >= 0.005:
         log.info(
             "shared prefixes: about %.0f%% of the tokens are computed with another example's", 100 * saved
@@ -161,7 +188,7 @@ def _train(config: Config, opened: RunFolder, trackers: Trackers, began: float) 
             masters,
             optimizer,
             learning_rate=schedule(config.training, total_steps),
-            clip=partial(clip_gradients, max_norm=config.training.max_grad_norm),
+            clip=clip,
             scaler=scaler,
             plan=build_plan(
                 config,
@@ -178,6 +205,7 @@ def _train(config: Config, opened: RunFolder, trackers: Trackers, began: float) 
             interrupted=interrupt,
             device=device,
             peak_memory=partial(peak_memory_gib, device),
+            keep_less=partial(_keep_less, recomputation, state),
         )
         if interrupt() and state.step < total_steps:
             assert interrupt.signal is not None
@@ -186,7 +214,37 @@ def _train(config: Config, opened: RunFolder, trackers: Trackers, began: float) 
                 f"Go on with the same command and --resume_from_checkpoint auto"
             )
             return RunResult(folder, False, state)
-    return finish(config, folder, state, checkpoints, masters, recorder, len(data.train))
+    with masters.looked_at(optimizer):
+        peak = watch.peak(recomputation.modes)
+        return finish(config, folder, state, checkpoints, masters, recorder, len(data.train), peak)
+
+
+def _first_documents(dataset: TokenDataset, config: Config) -> list[torch.Tensor]:
+    """Token ids of training documents drawn by the seed, as many as an adapter's start looks at."""
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.training.seed))
+    found: list[torch.Tensor] = []
+    for index in order.tolist():
+        if sum(map(len, found)) >= TOKENS:
+            break
+        document = dataset[index]
+        ids = torch.from_numpy(document.input_ids.astype(np.int64))
+        found += ids.split(list(document.lengths or (len(ids),)))
+    return found
+
+
+def _steps_in_backward(
+    optimizer: torch.optim.Optimizer, masters: Masters, loader: StepLoader
+) -> Callable[[Masters], torch.Tensor]:
+    """Let backward take the optimizer's steps from now on; returns what says the gradients' norm afterwards."""
+    assert isinstance(optimizer, PerParameter)
+    if loader.alone and loader.rows_per_step > 1:
+        raise ConfigError(
+            "optimizer_in_backward: this model runs one document per pass, and a step has to be one pass: write "
+            "`micro_batch_size: 1`, or leave optimizer_in_backward out"
+        )
+    optimizer.fuse_into_backward(masters)
+    masters.stepped_by_backward = True
+    return optimizer.gradient_norm
 
 
 def _loader(config: Config, dataset: TokenDataset, *, alone: bool, share: bool) -> StepLoader:
@@ -207,15 +265,27 @@ def _loader(config: Config, dataset: TokenDataset, *, alone: bool, share: bool) 
     return loader
 
 
+def _keep_less(recomputation: Recomputation, state: State) -> str:
+    said = recomputation.more()
+    if said:
+        state.recomputed = list(recomputation.modes)
+    return said
+
+
 def _budget(
-    config: Config, state: State, loader: StepLoader, policy: Policy, masters: Masters, device: torch.device
+    config: Config,
+    state: State,
+    loader: StepLoader,
+    policy: Policy,
+    masters: Masters,
+    recomputation: Recomputation,
+    device: torch.device,
 ) -> Budget:
     """Most tokens in a pass: as when the run began, unless the config asks for something else now."""
     asked = config.training.max_tokens_per_pass
-    if state.tokens_per_pass and state.tokens_asked == asked:
+    in_backward = config.training.optimizer_in_backward
+    if state.tokens_per_pass and state.tokens_asked == asked and not in_backward:
         return Budget(state.tokens_per_pass, "as before")
-    if isinstance(asked, int):
-        return Budget(asked, "max_tokens_per_pass")
 
     def run_pass() -> int:
         policy.train()
@@ -228,9 +298,18 @@ def _budget(
     in_step = lengths[-loader.rows_per_step :].sum()
     if config.data.sample_packing:
         in_step = min(loader.rows_per_step * config.data.sequence_len, lengths.sum())
-    return choose_budget(
-        policy.model, device, longest=int(lengths[-1]), step_tokens=int(in_step), run_pass=run_pass
+    if in_backward:
+        asked = int(max(in_step, lengths[-1]))
+    budget = choose_pass(
+        policy,
+        recomputation,
+        device,
+        longest=int(lengths[-1]),
+        step_tokens=int(in_step),
+        run_pass=run_pass,
+        asked=asked if isinstance(asked, int) else None,
     )
+    return replace(budget, why="a step is one, with optimizer_in_backward") if in_backward else budget
 
 
 def _say_steps(

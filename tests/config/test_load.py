@@ -80,7 +80,7 @@ def test_unknown_keys(report, text, words):
         ("tokens: abc", "expected a list of texts"),
         ("tokens: [a, 3]", "tokens.1: expected text, found the number 3"),
         ("special_tokens: [a]", "expected a mapping, found a list"),
-        ("adapter: {r: 3}", "expected lora, found a mapping"),
+        ("adapter: {r: 3}", "expected lora or qlora, found a mapping"),
         ("peft_layers_to_transform: [-1]\nadapter: lora", "peft_layers_to_transform.0: has to be at least 0"),
         ("output_dir: ''", "output_dir is empty"),
     ],
@@ -176,7 +176,7 @@ def test_contradictions(report, text, words):
     "text",
     [
         "adaptor: lora\nlora_r: 8",
-        "adapter: qlora\nlora_r: 8",
+        "adapter: galore\nlora_r: 8",
         "val_set_sise: 5\neval_steps: 5\nload_best_model_at_end: true",
         "fp61: true\nbf16: true",
     ],

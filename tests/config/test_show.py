@@ -66,5 +66,5 @@ def test_show(load):
     assert "\x1b" not in text
     (seed,) = [line for line in text.splitlines() if line.strip().startswith("seed:")]
     assert seed.split() == ["seed:", "3", "cfg.yml:5"]
-    assert "lora_r" not in text  # does nothing in this config
+    assert "lora_r:" not in text  # does nothing in this config
     assert "Training" in text

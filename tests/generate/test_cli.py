@@ -73,11 +73,12 @@ def test_a_run_is_asked_in_the_format_of_its_training(
     config, entry = asking_format(str(tmp_path), toy_tokenizer, run)
     ids = Renderer(toy_tokenizer, config).prompt_ids(prompt_example(entry, "Add.", "1 2"), entry)
     assert "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:" in toy_tokenizer.decode(ids)
-    # A checkpoint of a run knows its run.
+    # A checkpoint of a run and its merged model know their run.
     (tmp_path / "config.yaml").write_text(run.to_yaml())
-    (tmp_path / "checkpoint-5").mkdir()
-    config, entry = asking_format(str(tmp_path / "checkpoint-5"), toy_tokenizer, None)
-    assert entry.type == "alpaca"
+    for inside in ("checkpoint-5", "merged"):
+        (tmp_path / inside).mkdir()
+        config, entry = asking_format(str(tmp_path / inside), toy_tokenizer, None)
+        assert entry.type == "alpaca"
     assert asking_format(str(tmp_path), toy_tokenizer, run, raw=True)[1].type == "completion"
 
 

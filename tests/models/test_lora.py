@@ -196,7 +196,7 @@ def test_layers_to_transform_and_regex() -> None:
     ("values", "error", "says"),
     [
         ({"lora_target_modules": ["q_proj", "nope"], "lora_target_linear": None}, ModelError, "q_proj"),
-        ({"lora_target_modules": ["embed_tokens"], "lora_target_linear": None}, ModelError, "linear layers"),
+        ({"lora_target_modules": ["self_attn"], "lora_target_linear": None}, ModelError, "linear layers"),
         ({"lora_target_modules": "(", "lora_target_linear": None}, ConfigError, "regular expression"),
         ({"lora_modules_to_save": ["head"]}, ModelError, "lm_head"),
         ({"peft_layers_to_transform": [7]}, ModelError, "layers 0 to 1"),
@@ -218,8 +218,8 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
             toy_model("llama", num_hidden_layers=3), tmp_path, adapter_files.adapter_settings(tmp_path)
         )
     described = json.loads((tmp_path / "adapter_config.json").read_text())
-    (tmp_path / "adapter_config.json").write_text(json.dumps({**described, "use_dora": True}))
-    with pytest.raises(ModelError, match="use_dora"):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**described, "use_qalora": True}))
+    with pytest.raises(ModelError, match="use_qalora"):
         adapter_files.adapter_settings(tmp_path)
 
 
@@ -272,5 +272,9 @@ def test_experts_without_lora_are_said(caplog: pytest.LogCaptureFixture) -> None
     add_lora(toy_model("qwen3_moe"), _adapter(), seed=0)
     assert "no LoRA on the experts" in caplog.text and "gate_up_proj" in caplog.text
     caplog.clear()
+    add_lora(toy_model("qwen3_moe"), _adapter(lora_target_parameters=["experts.gate_up_proj"]), seed=0)
+    assert "(experts.down_proj)" in caplog.text
+    caplog.clear()
+    add_lora(toy_model("qwen3_moe"), _adapter(lora_target_parameters=["gate_up_proj", "down_proj"]), seed=0)
     add_lora(toy_model("qwen3"), _adapter(), seed=0)
     assert not caplog.text

@@ -264,6 +264,19 @@ def test_precision_that_a_cpu_cannot_do_well_is_changed_and_said(
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["dtype"] == "float32"
 
 
+def test_matrix_units_of_a_cpu_are_for_wide_models(
+    run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from luthier.models import device
+
+    monkeypatch.setattr(device, "bf16_is_fast", lambda device: True)
+    cpu, config = torch.device("cpu"), run_config(bf16="auto")
+    assert device.choose_dtype(config, cpu) == torch.float32
+    assert device.choose_dtype(run_config(bf16=True), cpu) == torch.bfloat16
+    monkeypatch.setattr(device, "WIDE", 32)
+    assert device.choose_dtype(config, cpu) == torch.bfloat16
+
+
 def test_added_tokens_are_trained_or_refused(run_config: MakeConfig, tmp_path: Path) -> None:
     for values in ({"tokens": ["<new>"]}, {"special_tokens": {"eos_token": "<new>"}}):
         with pytest.raises(ModelError, match="<new>.*never be trained.*lora_modules_to_save"):

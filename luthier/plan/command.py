@@ -1,0 +1,166 @@
+"""`luthier plan CONFIG`: what a run will need, before anything of it is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from luthier.config import Config
+from luthier.config.arguments import ConfigArgument, OverridesArgument
+from luthier.errors import ConfigError, LuthierError
+
+if TYPE_CHECKING:
+    from luthier.plan.cards import Card
+    from luthier.plan.plan import Plan
+    from luthier.plan.work import Work
+
+
+def command(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    gpu: Annotated[str | None, typer.Option(help="A card by name, such as h100, a100-40, rtx4090, t4.")] = None,
+    memory: Annotated[str | None, typer.Option(help="A card by its memory, such as 24GiB.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of the data; it is then not read.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Documents of the data; it is then not read.")] = None,
+    tokens_per_second: Annotated[float | None, typer.Option(min=0.001, help="Speed of training.")] = None,
+    measured: Annotated[Path | None, typer.Option(help="A run's folder, whose speed is taken.")] = None,
+    mfu: Annotated[
+        float | None, typer.Option(min=0.01, max=1, help="Share of the card's multiply peak that training reaches.")
+    ] = None,
+    price_per_hour: Annotated[float | None, typer.Option(min=0, help="Of the card, for the cost.")] = None,
+    fit: Annotated[bool, typer.Option("--fit", help="Say what the given cards can train, instead.")] = False,
+    num_gpus: Annotated[int | None, typer.Option(min=1, help="With --fit: how many cards.")] = None,
+    family: Annotated[str | None, typer.Option(help="With --fit: models to try, such as llama-3, qwen3.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Say what a run will need: memory, steps, time, cost; without weights and without a GPU."""
+    loaded = Config.load(config, overrides or [])
+    card = _card(gpu, memory)
+    if fit:
+        print(_fit(loaded, card, num_gpus or 1, family, as_json=as_json))
+        return
+    for name, value in (("--num-gpus", num_gpus), ("--family", family)):
+        if value is not None:
+            raise ConfigError(f"{name} goes with --fit, which says what given cards can train")
+    stated = {"--tokens-per-second": tokens_per_second, "--measured": measured, "--mfu": mfu}
+    if len(given := [name for name, value in stated.items() if value is not None]) > 1:
+        raise ConfigError(f"{' and '.join(given)} say the same in two ways; keep one")
+    if mfu is not None and (card is None or card.tflops is None):
+        raise ConfigError("--mfu is a share of a card's multiply peak: name the card with --gpu")
+    plan = plan_of(loaded, card, tokens=tokens, rows=rows)
+    speed = _speed(plan, tokens_per_second, measured, mfu, price_per_hour)
+
+    from luthier.plan import text
+
+    print(json.dumps(text.as_json(plan, speed), indent=2) if as_json else text.as_text(plan, speed))
+
+
+def plan_of(config: Config, card: Card | None, *, tokens: int | None = None, rows: int | None = None) -> Plan:
+    """The plan of a config.
+
+    Args:
+        tokens, rows: of one epoch, where the data is not to be read.
+
+    Raises:
+        ModelError: no config.json, or a model that cannot be planned for.
+        ConfigError, DataError: as training would raise them.
+    """
+    # Imported here, so that a mistake on the command line is said before torch is loaded.
+    from luthier.models.assemble import with_adapter_settings
+    from luthier.models.load import read_model_config
+    from luthier.plan.plan import make_plan
+    from luthier.plan.read import engine_of, on_cpu, training_shape
+    from luthier.plan.work import work_stated
+
+    config = with_adapter_settings(config)
+    model_config = read_model_config(config.model)
+    vocabulary = 0
+    if tokens is not None or rows is not None:
+        named = [f"{tokens:,} tokens"] if tokens else []
+        named += [f"{rows:,} documents"] if rows else []
+        work = work_stated(config, tokens, rows, f"{' in '.join(named)}, as stated")
+    else:
+        work, vocabulary = _work(config)
+    shape = training_shape(config, model_config, tokens=vocabulary)
+    engine = engine_of(config, model_config, shape, card, cpu=on_cpu(config))
+    return make_plan(config, model_config, shape, engine, work, card, tokens=vocabulary)
+
+
+def _work(config: Config) -> tuple[Work, int]:
+    """From the data where it is at hand, and the tokenizer's size; otherwise says what is assumed."""
+    from luthier.data.tokenizer import load_tokenizer
+    from luthier.plan.work import work_from_data, work_stated
+
+    assumed = "every document is taken to be sequence_len long; --tokens and --rows say how many there are"
+    paths = [entry.path.split("#")[0] for entry in (*config.data.datasets, *config.data.test_datasets)]
+    far = [path for path in paths if not Path(path).expanduser().exists() and not any(c in path for c in "*?[")]
+    if far:
+        return work_stated(config, None, None, f"{', '.join(far)} not on this machine, not read: {assumed}"), 0
+    try:
+        tokenizer = load_tokenizer(config)
+    except LuthierError as error:
+        return work_stated(config, None, None, f"not read ({error}): {assumed}"), 0
+    return work_from_data(config, tokenizer), len(tokenizer)
+
+
+def _card(gpu: str | None, memory: str | None) -> Card | None:
+    from luthier.plan.cards import Card, card_named, parse_memory
+
+    if gpu is not None and memory is not None:
+        raise ConfigError("--gpu and --memory both name a card; keep one")
+    if gpu is not None:
+        return card_named(gpu)
+    return None if memory is None else Card("a card", parse_memory(memory))
+
+
+def _fit(config: Config, card: Card | None, cards: int, family: str | None, *, as_json: bool) -> str:
+    from luthier.models.load import read_model_config
+    from luthier.plan import text
+    from luthier.plan.families import family_of
+    from luthier.plan.plan import fit_family
+    from luthier.plan.read import on_cpu
+
+    if card is None:
+        raise ConfigError("--fit asks what given cards can train: name them with --gpu NAME or --memory SIZE")
+    model_config = read_model_config(config.model)
+    found = fit_family(config, model_config, family, card, cards, cpu=on_cpu(config))
+    if as_json:
+        return json.dumps(text.fit_json(found, card, cards, config.data.sequence_len), indent=2)
+    name = family or family_of(model_config) or "this model alone, since no table has its family"
+    asked = config.precision.gradient_checkpointing
+    again = "nothing is" if asked is False else "layers are"
+    settings = f"{name}, optimizer {config.training.optimizer}, {again} computed again in backward"
+    return text.fit_text(found, card, cards, config.data.sequence_len, settings)
+
+
+def _speed(
+    plan: Plan, stated: float | None, measured: Path | None, mfu: float | None, price: float | None
+) -> dict[str, Any]:
+    """Work, speed, hours and cost as far as they can be known, and where the speed is from."""
+    from luthier.plan.work import USUAL_MFU, flops_per_token, measured_speed
+
+    flops = flops_per_token(plan.shape, plan.work, plan.engine.recompute)
+    found: dict[str, Any] = {"flops_per_token": flops}
+    peak = plan.card.tflops if plan.card is not None and plan.engine.compute == 2 else None
+    if stated is not None:
+        speed, source = stated, "as stated"
+    elif measured is not None:
+        speed, source = measured_speed(measured), f"measured in {measured}"
+    elif peak is not None:
+        share = USUAL_MFU if mfu is None else mfu
+        assert plan.card is not None
+        speed = share * peak * 1e12 / flops
+        source = f"{share:.0%} of {plan.card.name}'s {peak:g} TFLOP/s"
+        source += ", an assumption: --mfu" if mfu is None else ""
+    else:
+        return {**found, "why_not": "give --tokens-per-second, --measured RUN, or a --gpu whose peak is known"}
+    found |= {"tokens_per_second": speed, "from": source}
+    if plan.work.tokens is None:
+        return {**found, "why_not": "the number of tokens is not known: --tokens"}
+    found["hours"] = plan.work.tokens / speed / 3600
+    if price is not None:
+        found |= {"price_per_hour": price, "cost": price * found["hours"]}
+    return found

@@ -1,0 +1,353 @@
+"""Peak memory of a training step, from a model's shape: what lies there at each of the moments that can be the peak.
+
+    forward done    weights, adapters, optimizer, activations of the whole pass, a chunk of logits
+    backward        the same, less the last layer's, and what one layer's backward needs beside what was kept
+    backward done   all gradients, what the first layer and the embeddings' gradient need
+    optimizer step  all gradients, what the optimizer makes on the way
+
+Gradients are there from the first pass of a step on, so with several passes a step they stand beside the
+activations. The peak is the largest of the four, and its parts are what is reported: they add up.
+
+Kept tensors are counted exactly where the engine's fused modules run (`plan.shape`), what backward needs beside them
+as its largest temporaries. Not counted: the CUDA context and the allocator's gaps (`plan.cards` sets room aside for
+both), dequantised copies that are kept only while there is room, and shared prefixes, which make passes smaller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import torch
+
+from luthier.kernels.cross_entropy import BLOCK_FLOATS as BLOCK_FLOATS_CPU
+from luthier.kernels.linear_ce import BLOCK_FLOATS, CHUNK_FLOATS
+from luthier.models.attention import REMEMBERED_FLOATS
+from luthier.models.recompute import TILE, Mode
+from luthier.plan.optimizers import state_bytes, temporary_bytes
+from luthier.plan.shape import Layer, Shape
+
+Quantised = Literal["4bit", "8bit", "fp8"]
+
+# Bytes of a number in NF4 with double quantisation: half a byte, an 8-bit scale for each block of 64, and an fp32
+# scale for each 256 of those (Dettmers et al. 2023, section 3). Without the second step the scales are fp32.
+NF4_BYTES, NF4_SINGLE_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256), 0.5 + 4 / 64
+# Layers' inputs on the device while the others wait in host memory: one in use, one on its way.
+IN_FLIGHT = 2
+# Modes in which a layer keeps nothing but its input.
+BY_LAYER: tuple[Mode, ...] = ("layer", "offload")
+# Most tokens that a search looks at.
+_MOST_TOKENS = 2**27
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a model is trained, as far as memory goes.
+
+    Attributes:
+        compute: bytes of a number that is computed with. frozen: of a frozen weight that is not quantised.
+        quantised: format of the decoder's frozen linear layers. double: whether NF4's scales are quantised too.
+        optimizer: its name. momentum: of sgd. masters: whether trained 16-bit weights have fp32 copies.
+            in_backward: steps are taken inside of the backward pass, so that gradients never exist together.
+        recompute: what is computed again in backward, as `models.recompute` calls it. modes: of each layer, where they
+            differ. tiled: MLPs keep their input only, whatever the mode. tile: tokens of an MLP's tile.
+        slices: attention runs document by document rather than in one call. cpu: where all of it runs.
+        cards: weights, gradients and optimizer are spread evenly over as many (FSDP's full sharding).
+    """
+
+    compute: int = 2
+    frozen: float = 2
+    quantised: Quantised | None = None
+    double: bool = True
+    optimizer: str = "adamw_torch_fused"
+    momentum: bool = False
+    masters: bool = True
+    in_backward: bool = False
+    recompute: Mode = "keep"
+    modes: tuple[Mode, ...] = ()
+    tiled: bool = False
+    tile: int = TILE["cuda"]
+    slices: bool = False
+    cpu: bool = False
+    cards: int = 1
+
+    def mode(self, index: int) -> Mode:
+        """Of one layer."""
+        return self.modes[index] if index < len(self.modes) else self.recompute
+
+    def in_tiles(self, index: int) -> bool:
+        """Whether gate and up of a layer's MLP are made again in backward, tile by tile."""
+        return self.tiled or self.mode(index) in ("mlp", *BY_LAYER)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The largest forward pass of a step.
+
+    Attributes:
+        tokens: in all. labels: of these trained. longest: of the longest document. documents: how many. pairs: of
+            tokens that attend to each other, the sum of the documents' squared lengths.
+        several: whether its step has other passes too.
+    """
+
+    tokens: int
+    labels: int
+    longest: int
+    pairs: int
+    documents: int = 1
+    several: bool = False
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the moment of the peak; `total` is their sum."""
+
+    weights: float
+    adapters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    head: float
+    workspace: float
+    moment: str
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, float]:
+        """Name -> bytes, in the order of the table."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "moment"}
+
+    def as_json(self) -> dict[str, object]:
+        return {**{k: round(v) for k, v in self.parts().items()}, "total": round(self.total), "moment": self.moment}
+
+
+def memory_of(shape: Shape, engine: Engine, one: Pass) -> Memory:
+    """The peak of a training step whose largest pass is `one`, once the optimizer has its state."""
+    moments = [_forward(shape, engine, one), _head_backward(shape, engine, one), _backward(shape, engine, one)]
+    moments += [_backward_done(shape, engine, one), _step(shape, engine)]
+    return max(moments, key=lambda memory: memory.total)
+
+
+def largest(fits: Callable[[int], bool]) -> int:
+    """The largest number of tokens that fits, by bisection; 0 if not even one does."""
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while high < _MOST_TOKENS and fits(high):
+        low, high = high, 2 * high
+    while high - low > max(1, low // 1000):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def weight_bytes(shape: Shape, engine: Engine) -> float:
+    """The model's own weights as they lie on the device."""
+    others = shape.total - shape.adapters - shape.linear - shape.trained_16
+    return (
+        shape.trained_16 * engine.compute + others * engine.frozen + _linear_bytes(shape, engine)
+    ) / engine.cards
+
+
+def _linear_bytes(shape: Shape, engine: Engine) -> float:
+    if engine.quantised is None:
+        return shape.linear * engine.frozen
+    if engine.quantised == "4bit":
+        return shape.linear * (NF4_BYTES if engine.double else NF4_SINGLE_BYTES)
+    return shape.linear + 4 * shape.linear_rows  # a byte each, and a scale for each output
+
+
+def _base(shape: Shape, engine: Engine) -> Memory:
+    """What is there at every moment."""
+    narrow = engine.compute < 4
+    copies = engine.compute * shape.adapters if narrow else 0
+    masters = 4 * shape.trained_16 if narrow and engine.masters else 0
+    state = state_bytes(engine.optimizer, shape, momentum=engine.momentum)
+    gathered = 2 * shape.largest_layer * engine.frozen if engine.cards > 1 else 0.0
+    reading = engine.quantised is not None or engine.frozen < engine.compute
+    unpacked = engine.compute * shape.largest_linear if reading else 0
+    return Memory(
+        weights=weight_bytes(shape, engine),
+        adapters=(4 * shape.adapters + copies + engine.compute * shape.stacked) / engine.cards,
+        gradients=0.0,
+        optimizer=(masters + state) / engine.cards,
+        activations=0.0,
+        head=0.0,
+        workspace=gathered + unpacked,
+        moment="",
+    )
+
+
+def _gradients(shape: Shape, engine: Engine) -> float:
+    together = shape.largest_trained if engine.in_backward else shape.adapters + shape.trained_16
+    return 4 * together / engine.cards
+
+
+def activations(shape: Shape, engine: Engine, one: Pass) -> float:
+    """Bytes of all that a pass keeps for its backward, up to the head."""
+    row = one.tokens * shape.hidden * engine.compute
+    kept, away = 0.0, 0
+    for index in range(len(shape.layers)):
+        mode = engine.mode(index)
+        kept += row if mode == "layer" else 0.0 if mode == "offload" else _kept(shape, engine, one, index)
+        away += mode == "offload"
+    return kept + min(IN_FLIGHT, away) * row + _outside_layers(shape, engine, one)
+
+
+def _outside_layers(shape: Shape, engine: Engine, one: Pass) -> float:
+    """The last norm's input, the cosines and sines, and the batch itself."""
+    rows = _last_rows(shape, one)
+    batch = 16 * one.tokens + 20 * one.labels  # ids and positions; place, id and weight of each label
+    turning = one.tokens * shape.rotary * engine.compute
+    return rows * (shape.hidden * engine.compute + 4) + turning + batch
+
+
+def _last_rows(shape: Shape, one: Pass) -> int:
+    return one.labels if shape.exact and not _drops(shape) else one.tokens
+
+
+def _drops(shape: Shape) -> bool:
+    return any(layer.dropped for layer in shape.layers)
+
+
+def _kept(shape: Shape, engine: Engine, one: Pass, index: int, *, whole: bool = False) -> float:
+    """Bytes that one layer keeps; `whole`: its input apart, which recomputation keeps in any case."""
+    layer: Layer = shape.layers[index]
+    last = index == len(shape.layers) - 1
+    rows = _last_rows(shape, one) if last else one.tokens
+    numbers = one.tokens * layer.tokens + rows * layer.rows
+    if engine.in_tiles(index):
+        numbers -= rows * layer.wide
+    if engine.mode(index) in ("norms", "mlp"):
+        numbers -= one.tokens * layer.normed_tokens + rows * layer.normed_rows
+    if not whole and (index > 0 or shape.input_trained):
+        numbers += one.tokens * layer.input
+    if (engine.slices and one.documents > 1) or (last and rows < one.tokens):
+        numbers += rows * layer.attended
+    kept = numbers * engine.compute + 4 * (one.tokens * layer.stats_tokens + rows * layer.stats_rows)
+    kept += one.tokens * layer.dropped
+    if layer.heads:  # capped scores, and probabilities in fp32 and in the compute dtype
+        each = engine.compute + 4 + (engine.compute if engine.compute < 4 else 0)
+        kept += one.pairs * layer.heads * each
+    if engine.slices and 0 < layer.window < one.longest:  # a mask for each document; small ones are shared by layers
+        own = one.longest**2 > REMEMBERED_FLOATS or index == 0
+        kept += one.pairs * engine.compute if own else 0
+    return kept
+
+
+def _grown(shape: Shape, engine: Engine, one: Pass) -> float:
+    """Gradients that are there while activations are."""
+    return _gradients(shape, engine) if one.several else 0.0
+
+
+def _forward(shape: Shape, engine: Engine, one: Pass) -> Memory:
+    base = _base(shape, engine)
+    row = one.labels * shape.hidden * engine.compute
+    logits = min(max(1, CHUNK_FLOATS // shape.vocabulary), one.labels) * shape.vocabulary * engine.compute
+    if engine.cpu and engine.compute < 4:  # a block of them in fp32, and of its softmax
+        logits += 2 * 4 * BLOCK_FLOATS_CPU * torch.get_num_threads()
+    of_weight = shape.head * engine.compute if shape.head_trained else 0
+    widened = min(BLOCK_FLOATS, shape.head) * engine.compute if engine.frozen < engine.compute else 0
+    return replace(
+        base,
+        gradients=_grown(shape, engine, one),
+        activations=activations(shape, engine, one),
+        head=logits + 2 * row + of_weight + widened,  # hidden states and their gradient
+        workspace=base.workspace - (engine.compute * shape.largest_linear if widened else 0),
+        moment="logits of a pass",
+    )
+
+
+def _head_backward(shape: Shape, engine: Engine, one: Pass) -> Memory:
+    row = one.labels * shape.hidden * engine.compute
+    of_weight = shape.head * engine.compute if shape.head_trained else 0
+    return replace(
+        _base(shape, engine),
+        gradients=_grown(shape, engine, one),
+        activations=activations(shape, engine, one),
+        head=2 * row + 2 * of_weight,
+        moment="backward of the head",
+    )
+
+
+def _backward(shape: Shape, engine: Engine, one: Pass) -> Memory:
+    base, last = _base(shape, engine), len(shape.layers) - 1
+    kept, index = activations(shape, engine, one), max(0, last - 1)
+    if last > 0 and engine.mode(last) not in BY_LAYER:
+        kept -= _kept(shape, engine, one, last)
+    if engine.mode(index) in BY_LAYER:
+        kept += _kept(shape, engine, one, index, whole=True)
+    return replace(
+        base,
+        gradients=_grown(shape, engine, one) or _head_gradient(shape, engine),
+        activations=kept,
+        workspace=base.workspace + _beside(shape, engine, one, index),
+        moment="backward of a layer",
+    )
+
+
+def _beside(shape: Shape, engine: Engine, one: Pass, index: int) -> float:
+    """Bytes that a layer's backward makes at once beside what was kept."""
+    layer = shape.layers[index]
+    # The MLP's product and its gradient, and torch's own activation where there is no kernel for it; in tiles gate and
+    # up are made again as well.
+    wide = 3 if engine.cpu else 2
+    if engine.in_tiles(index):
+        inner = (wide + 2.0) * layer.inner * min(one.tokens, engine.tile)
+    else:
+        inner = float(wide * layer.inner * one.tokens)
+    remade = max(layer.normed_tokens, layer.normed_rows) if engine.mode(index) in ("norms", "mlp") else 0
+    return engine.compute * (one.tokens * (layer.passing + remade) + max(one.tokens * layer.attending, inner))
+
+
+def _head_gradient(shape: Shape, engine: Engine) -> float:
+    return 4 * shape.head / engine.cards if shape.head_trained else 0
+
+
+def _backward_done(shape: Shape, engine: Engine, one: Pass) -> Memory:
+    base = _base(shape, engine)
+    kept = _kept(shape, engine, one, 0, whole=engine.mode(0) in BY_LAYER)
+    # A gradient is taken as it comes, but for that of embeddings which the head has given one, and for 16-bit ones,
+    # which are added to fp32 ones.
+    joined = shape.tied and shape.input_trained and shape.head_trained
+    passing = engine.compute * shape.vocabulary * shape.hidden if joined else 0
+    if engine.compute < 4 and shape.trained_16:
+        passing += engine.compute * shape.largest_trained
+    return replace(
+        base,
+        gradients=_gradients(shape, engine),
+        activations=kept + one.tokens * shape.hidden * engine.compute,
+        workspace=base.workspace + max(passing, _beside(shape, engine, one, 0)),
+        moment="end of backward",
+    )
+
+
+def _step(shape: Shape, engine: Engine) -> Memory:
+    temporary = temporary_bytes(engine.optimizer, shape, at_once=not engine.cpu)
+    return replace(
+        _base(shape, engine),
+        gradients=_gradients(shape, engine),
+        workspace=temporary / engine.cards,
+        moment="optimizer step",
+    )
+
+
+def rule_of_thumb(parameters: int) -> float:
+    """Bytes of full fine-tuning with Adam in fp32 by the classical rule, activations aside: four times the weights,
+    which are the weights, their gradients, and Adam's two moments."""
+    return 4 * 4 * parameters
+
+
+def variants(shape_full: Shape, shape_lora: Shape, engine: Engine) -> dict[str, tuple[Shape, Engine]]:
+    """The ways to train one model, by name; the engine's other settings hold for all of them."""
+    plain = replace(engine, quantised=None, frozen=max(engine.frozen, min(2, engine.compute)))
+    return {
+        "full": (shape_full, replace(plain, frozen=engine.compute)),
+        "LoRA": (shape_lora, plain),
+        "8-bit LoRA": (shape_lora, replace(plain, quantised="8bit")),
+        "QLoRA": (shape_lora, replace(plain, quantised="4bit")),
+    }
+

@@ -13,6 +13,7 @@ import importlib
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ VERBS: dict[str, Verb] = {
     ),
     "doctor": Verb("luthier.doctor:command", "Say what this machine and this installation have."),
 }
+
+_PATIENCE_SECONDS = 3.0
 
 TRAIN_USAGE = "luthier train CONFIG [KEY=VALUE | --KEY VALUE]... [--debug]"
 
@@ -141,12 +144,13 @@ def _shielded(call: Callable[[], Any], debug: bool) -> int:
     except LuthierError as error:
         if debug:
             traceback.print_exc()
-        _say(f"error: {error}")
+        _let_the_first_speak()
+        _say(f"error: {_rank()}{error}")
         return error.exit_status
     except KeyboardInterrupt:
         if debug:
             traceback.print_exc()
-        _say("interrupted")
+        _say(f"{_rank()}interrupted")
         return 130
     except BrokenPipeError:
         # Whoever read our output has had enough (`| head`); Python must not complain again at exit.
@@ -158,14 +162,15 @@ def _shielded(call: Callable[[], Any], debug: bool) -> int:
         if debug:
             traceback.print_exc()
         where = f"{error.filename}: " if error.filename else ""
-        _say(f"error: {where}{error.strerror or error}" + ("" if debug else " (--debug shows where)"))
+        _say(f"error: {_rank()}{where}{error.strerror or error}" + ("" if debug else " (--debug shows where)"))
         return 1
     except Exception as error:
         if debug:
             traceback.print_exc()
+        _let_the_first_speak()
         kind = type(error).__name__
         again = "" if debug else " (run again with --debug and report it)"
-        _say(f"internal error: {kind}: {error}{again}")
+        _say(f"internal error: {_rank()}{kind}: {error}{again}")
         return 1
     return status if isinstance(status, int) else 0
 
@@ -227,9 +232,22 @@ def _unknown(name: str) -> str:
     return f"there is no verb {name}.{meant} The verbs are {', '.join(VERBS)}."
 
 
+def _rank() -> str:
+    """Which of several processes speaks, for all but the first; see `train.distributed`."""
+    rank = os.environ.get("RANK", "0") if os.environ.get("WORLD_SIZE", "1") != "1" else "0"
+    return f"rank {rank}: " if rank != "0" else ""
+
+
+def _let_the_first_speak() -> None:
+    """Several processes mostly fail for the same reason: the others wait, and a launcher that sees the first one end
+    ends them meanwhile."""
+    if _rank():
+        time.sleep(_PATIENCE_SECONDS)
+
+
 def _say(message: str) -> None:
     with contextlib.suppress(BrokenPipeError):
-        print(message, file=sys.stderr)
+        print(f"{message}\n", end="", file=sys.stderr)  # in one piece, whatever else writes there
 
 
 if __name__ == "__main__":

@@ -33,10 +33,6 @@ class RunError(LuthierError):
     """A run cannot start, go on, or write what it made."""
 
 
-class RunErrorEverywhere(RunError):
-    """One that all processes of a run raise at the same place, so that it is enough if the first says it."""
-
-
 def cannot_load(what: str, name: str, error: Exception) -> ModelError:
     """One message for the many ways in which transformers says that something cannot be loaded.
 

@@ -163,6 +163,23 @@ def test_errors(verb, config, capfd, name, error, status, message, debug):
     assert ("--debug" in err) == (isinstance(error, ValueError | OSError) and not debug)
 
 
+@pytest.mark.parametrize(("rank", "message"), [("0", "error: mend it\n"), ("3", "error: rank 3: mend it\n")])
+def test_of_several_processes_each_is_named_and_the_first_speaks_first(
+    verb, config, capfd, monkeypatch, rank, message
+):
+    def fails(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+        raise LuthierError("mend it")
+
+    waits = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(cli.time, "sleep", waits.append)
+    verb("train", fails)
+    assert cli.main(["train", config]) == 1
+    assert capfd.readouterr().err == message
+    assert bool(waits) == (rank == "3")
+
+
 def test_status_of_a_verb_is_the_status_of_the_process(verb, config):
     verb("generate", lambda: 3)
     assert cli.main(["generate"]) == 3

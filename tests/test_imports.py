@@ -38,12 +38,14 @@ ALLOWED: dict[str, set[str]] = {
     "launch": {"config", "train"},
     "experiments": {"config"},
     "cli": EVERYTHING,
+    "__main__": {"cli"},
     "__init__": EVERYTHING,
 }
 OF_MODULE: dict[str, set[str]] = {
     "train.loop": set(),
     "train.run": EVERYTHING - {"demo", "doctor", "export"},
     "train.finish": {"config", "plan"},
+    "train.passes": {"config", "data", "models"},
 }
 OF_LOOP = {"train.metrics", "train.checkpoint"}
 

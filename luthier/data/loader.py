@@ -3,6 +3,9 @@
 A step is fixed as a whole before its first pass: its documents, its number of trained tokens, its cut. The
 order follows from the seed and the epoch alone, so a position in it is two integers, and a run resumes by
 asking for the step after its last.
+
+Of several processes each makes the same steps, and passes of its own share of them only. Who has which share
+follows from the lengths, so that nothing has to be asked or told.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import numpy as np
 import torch
 
 from luthier.data.dataset import TokenDataset
-from luthier.data.packing import best_fit, cut_into_passes
+from luthier.data.packing import best_fit, cut_into_passes, split_evenly
 from luthier.data.tree import cut_by_beginning, plain_forest, shared_forest
 
 
@@ -40,7 +43,7 @@ class Step:
 
     Attributes:
         epoch: whole epochs done before this step. rows: the examples in it, indices into the dataset.
-        passes: index lists into `rows`. tokens, trained_tokens: of the whole step.
+        passes: of this process, index lists into `rows`. tokens, trained_tokens: of the whole step.
     """
 
     epoch: int
@@ -59,6 +62,7 @@ class StepLoader:
         tokens_per_pass: token budget of a forward pass.
         alone: documents may not share a pass on this model.
         share: what documents of a pass begin with alike is computed once.
+        rank, processes: this process, and how many there are.
     """
 
     def __init__(
@@ -72,6 +76,8 @@ class StepLoader:
         packed_len: int | None = None,
         alone: bool = False,
         share: bool = False,
+        rank: int = 0,
+        processes: int = 1,
     ) -> None:
         self.dataset = dataset
         self.rows_per_step = rows_per_step
@@ -80,6 +86,8 @@ class StepLoader:
         self.shuffle = shuffle
         self.alone = alone
         self.share = share and not alone
+        self.rank = rank
+        self.processes = processes
         self._cached_order: tuple[int, np.ndarray] | None = None
         self._groups = (
             best_fit(dataset.lengths, packed_len) if packed_len else [[i] for i in range(len(dataset))]
@@ -93,9 +101,15 @@ class StepLoader:
         order = self._order(epoch)[within * self.rows_per_step : (within + 1) * self.rows_per_step]
         rows = tuple(row for group in order for row in self._groups[group])
         lengths = [int(self.dataset.lengths[row]) for row in rows]
-        passes = self._cut(rows, lengths)
+        passes = self._passes(rows, lengths, self.rank)
         trained = int(sum(int(self.dataset.trained[row]) for row in rows))
         return Step(epoch, rows, tuple(map(tuple, passes)), sum(lengths), trained)
+
+    def passes_agreed(self, step: Step) -> int:
+        """How many passes every process runs where a wrapper needs as many of each: those of the process that has
+        most. The others fill up with passes of weight 0."""
+        lengths = [int(self.dataset.lengths[row]) for row in step.rows]
+        return max(len(self._passes(step.rows, lengths, rank)) for rank in range(self.processes))
 
     def batches(self, step: Step, device: torch.device) -> Iterator[Batch]:
         """The passes of a step, on the device."""
@@ -109,13 +123,19 @@ class StepLoader:
         tokens = computed = 0
         for index in range(min(steps, self.steps_per_epoch) if self.share else 0):
             step = self.step(index)
-            tokens += step.tokens
+            tokens += sum(int(self.dataset.lengths[step.rows[i]]) for indices in step.passes for i in indices)
             computed += sum(len(batch.input_ids) for batch in self.batches(step, torch.device("cpu")))
         return 1 - computed / tokens if tokens else 0.0
 
     def locations(self, step: Step) -> list[str]:
         """Where the rows of a step are, as file:line."""
         return [self.dataset.location(row) for row in step.rows]
+
+    def _passes(self, rows: Sequence[int], lengths: Sequence[int], rank: int) -> list[list[int]]:
+        """Of one process: index lists into `rows`."""
+        share = split_evenly(lengths, self.processes)[rank]
+        passes = self._cut([rows[i] for i in share], [lengths[i] for i in share])
+        return [[share[i] for i in indices] for indices in passes]
 
     def _cut(self, rows: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
         passes = cut_into_passes(lengths, self.tokens_per_pass, alone=self.alone)

@@ -1,13 +1,14 @@
-"""Putting documents together: best-fit packing into rows, and cutting a step into forward passes.
+"""Putting documents together: best-fit packing into rows, a step's shares of several processes, and its passes.
 
-Both are bin packing by tokens. Rows (`sample_packing`) decide what an optimizer step contains; passes only
-decide how it is computed, and any cut gives the same gradients.
+All are bin packing by tokens. Rows (`sample_packing`) decide what an optimizer step contains; shares and passes
+only decide where and how it is computed, and any cut gives the same gradients.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from heapq import heapreplace
 
 import numpy as np
 
@@ -34,6 +35,24 @@ def best_fit(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[in
         if room > length:
             insort(rooms, (room - length, chosen))
     return bins
+
+
+def split_evenly(lengths: Sequence[int] | np.ndarray, parts: int) -> list[list[int]]:
+    """Shares of about as many tokens each: the longest document first, to the share that has least so far.
+
+    Returns:
+        Indices into `lengths`, share by share, each in ascending order; none empty while there are as many documents
+        as shares. The largest has at most 4/3 of the tokens that the best split gives it (Graham 1969).
+    """
+    if parts == 1:
+        return [list(range(len(lengths)))]
+    shares: list[list[int]] = [[] for _ in range(parts)]
+    loads = [(0, part) for part in range(parts)]  # a heap
+    for index in np.argsort(-np.asarray(lengths), kind="stable").tolist():
+        load, part = loads[0]
+        heapreplace(loads, (load + int(lengths[index]), part))
+        shares[part].append(index)
+    return [sorted(share) for share in shares]
 
 
 def cut_into_passes(lengths: Sequence[int], budget: int, *, alone: bool = False) -> list[list[int]]:

@@ -97,15 +97,23 @@ class Checkpoints:
         write_model: writes the adapter or model, in its own format, into the folder that it is given.
         limit: how many to keep (the best one is kept beside them); None keeps all.
         job: what must be the same for a run to go on (a fingerprint of data and model); kept in each checkpoint.
+        writes: false in a process that leaves it to another.
     """
 
     def __init__(
-        self, folder: Path, write_model: Callable[[Path], None], *, limit: int | None, job: dict[str, Any]
+        self,
+        folder: Path,
+        write_model: Callable[[Path], None],
+        *,
+        limit: int | None,
+        job: dict[str, Any],
+        writes: bool = True,
     ) -> None:
         self.folder = folder
         self.write_model = write_model
         self.limit = limit
         self.job = job
+        self.writes = writes
         self._written: Path | None = None
 
     def save(self, state: State, masters: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> Path:
@@ -117,7 +125,7 @@ class Checkpoints:
             RunError: it cannot be written; nothing half-written stays behind.
         """
         final = self.folder / f"checkpoint-{state.step}"
-        if final == self._written:
+        if final == self._written or not self.writes:
             return final
         partial = self.folder / f"{_PARTIAL}{final.name}"
         shutil.rmtree(partial, ignore_errors=True)

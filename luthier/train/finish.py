@@ -14,8 +14,7 @@ from luthier.train import checkpoint
 from luthier.train.artifacts import plot_losses, write_model_card
 from luthier.train.checkpoint import Checkpoints, State
 from luthier.train.folder import publish
-from luthier.train.loop import overfitting_since
-from luthier.train.metrics import Recorder
+from luthier.train.metrics import Recorder, overfitting_since
 from luthier.train.optim import Masters
 
 

@@ -14,14 +14,18 @@ from pathlib import Path
 from luthier.config import Config
 from luthier.errors import ConfigError, RunError
 from luthier.train import checkpoint
+from luthier.train.distributed import Processes
 
 log = logging.getLogger("luthier")
 
 CONFIG = "config.yaml"
+# Tokens of a pass that a run which ended out of memory has to go on with (`train.passes`).
+SMALLER_PASSES = "smaller_passes.json"
 
 # What a run writes at the top of its folder; overwriting removes these and leaves anything else alone.
 _OWN = (
     CONFIG,
+    SMALLER_PASSES,
     "metrics.jsonl",
     "samples.jsonl",
     "environment.json",
@@ -56,6 +60,27 @@ class RunFolder:
         """Delete what is replaced. As late as possible: a config that cannot run must not cost the old run."""
         for path in self.replaced:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@contextmanager
+def shared_folder(config: Config, processes: Processes) -> Iterator[RunFolder]:
+    """The folder of a run for all its processes: the first one holds it, the others read the checkpoint that it found.
+
+    Raises:
+        RunError: that checkpoint cannot be read from where this process runs.
+    """
+    if processes.main:
+        with hold_folder(config) as opened:
+            processes.from_first("resume_from", lambda: str(opened.resume_from or ""))
+            yield opened
+        return
+    resume_from = processes.from_first("resume_from", str)
+    if resume_from and not (Path(resume_from) / checkpoint.STATE).is_file():
+        raise RunError(
+            f"{resume_from} is on the machine of rank 0, and not on that of rank {processes.rank}. To go on with a "
+            "run, all of its processes have to reach output_dir: put it on a file system that their machines share"
+        )
+    yield RunFolder(Path(config.output.output_dir).expanduser(), Path(resume_from) if resume_from else None)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The training loop: one for every method.
 
 `fit` takes its parts as arguments and knows none of them: a policy (flat batch -> log-probs), an objective
-(log-probs -> partial loss), steps cut into passes, an optimizer over fp32 masters, evaluators.
+(log-probs -> partial loss), steps cut into passes, an optimizer over fp32 masters, evaluators, other processes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 
 from luthier.errors import RunError
 from luthier.train.checkpoint import Checkpoints, State, Window, latest
-from luthier.train.metrics import Recorder
+from luthier.train.metrics import Recorder, count_step, note_evaluation, training_row
 
 
 class Step(Protocol):
@@ -57,20 +57,41 @@ class Masters(Protocol):
     def looked_at(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]: ...
 
 
+class Processes(Protocol):
+    """All processes of the run; see `train.distributed.Processes`."""
+
+    size: int
+
+    def gather(self, values: Sequence[float]) -> list[list[float]]: ...
+    def add_up(
+        self,
+        masters: Iterable[torch.Tensor],
+        figures: Sequence[torch.Tensor],
+        words: Sequence[float],
+        *,
+        failed: bool,
+    ) -> list[list[float]]: ...
+
+
 class OutOfMemory(RunError):
     """A pass that memory does not hold. In a single process, one of several documents is a reason to go on with
-    smaller passes (`_gradients`); this ends the run where that cannot help."""
+    smaller passes (`_own_gradients`); this ends the run where that cannot help, and where there are several
+    processes, which have to agree on their passes.
 
-    def __init__(self, step: int, documents: int, tokens: int) -> None:
-        self.documents, self.tokens = documents, tokens
+    Args:
+        budget: most tokens in a pass so far. where: which process, if there are several.
+    """
+
+    def __init__(self, step: int, documents: int, tokens: int, budget: int, where: str = "") -> None:
+        self.documents, self.tokens, self.smaller = documents, tokens, min(budget, tokens) // 2
         cure = (
             "it is one document, so that no cut helps; gradient_checkpointing: auto keeps less for the backward pass "
             "and offload (on a GPU) least, a shorter sequence_len takes out what is as long, and a smaller lora_r or "
             "a 16-bit model needs less"
             if documents == 1
-            else f"go on with max_tokens_per_pass: {tokens // 2} and --resume_from_checkpoint auto"
+            else f"with --resume_from_checkpoint auto the same command goes on in passes of up to {self.smaller} tokens"
         )
-        super().__init__(f"out of memory at step {step} in a pass of {tokens} tokens: {cure}")
+        super().__init__(f"out of memory at step {step}{where} in a pass of {tokens} tokens: {cure}")
 
 
 # (log-probs, weights, the step's total weight) -> the pass's share of the loss
@@ -118,27 +139,32 @@ def fit(
     state: State,
     recorder: Recorder,
     checkpoints: Checkpoints,
+    processes: Processes,
     evaluate: Callable[[int], dict[str, float]] | None,
     sample: Callable[[int], list[dict[str, Any]]] | None,
     interrupted: Callable[[], bool],
     device: torch.device,
     peak_memory: Callable[[], float],
     keep_less: Callable[[], str] | None = None,
-) -> State:
-    """Train from `state.step` to the plan's end, an interruption, or early stopping; returns the state reached.
+) -> tuple[State, bool]:
+    """Train from `state.step` to the plan's end, an interruption, or early stopping.
 
     Args:
         learning_rate: of a step, counted from 0. clip: bounds the masters' gradients and returns their norm.
         scaler: scales the loss where activations are fp16; disabled otherwise.
         evaluate: step -> row of figures, `eval_loss` among them. sample: step -> generated samples.
-        interrupted: asked after every step; true ends the run after a checkpoint.
+        interrupted: asked in every step; true in any process ends the run after that step and a checkpoint.
         keep_less: where a single document is too long for memory: makes the policy keep less for backward, and says
             what it did; empty if there is no more to do.
 
+    Returns:
+        The state reached, and whether it was an interruption that ended it.
+
     Raises:
-        RunError: the loss is not finite, or a checkpoint cannot be written.
+        RunError: the loss is not finite, or a checkpoint cannot be written; with several processes, memory ran out.
     """
     unread: list[Unread] = []
+    stopping = False
     while state.step < plan.total_steps and not _patience_is_over(state, plan):
         began = time.perf_counter()
 
@@ -146,8 +172,9 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = rate * group.get("lr_factor", 1.0)
 
-        # 1. Forward and backward of the whole step, in passes that memory holds.
-        step, loss, correct, computed = _gradients(
+        # 1. Forward and backward of the whole step, in passes that memory holds; each process computes its share,
+        #    and gradients, loss and hits are added up.
+        step, loss, correct, computed, stopping = _gradients(
             policy,
             objective,
             loader,
@@ -155,6 +182,8 @@ def fit(
             scaler=scaler,
             state=state,
             recorder=recorder,
+            processes=processes,
+            stopping=interrupted,
             device=device,
             keep_less=keep_less,
         )
@@ -181,25 +210,25 @@ def fit(
         state.trained_tokens += step.trained_tokens
         state.loss_scale = scaler.state_dict()
         unread.append(Unread(state.step, step, loss, correct, norm))
-        last, stopping = state.step == plan.total_steps, interrupted()
+        last = state.step == plan.total_steps
         logs, saves = plan.log(state.step) or last, plan.save(state.step) or last or stopping
         if logs or saves or plan.evaluate(state.step) or device.type in READ_AT_ONCE:
             last_norm = _read(unread, state, loader, checkpoints, overflow_is_ordinary=scaler.is_enabled())
-        _count(state, step, time.perf_counter() - began)
+        count_step(state, step.trained_tokens, step.tokens, time.perf_counter() - began)
         recorder.advance(state.step)
 
         # 4. Log, evaluate, save. The weights that are looked at need not be those that gradients are taken at.
         if logs:
-            recorder.row(_row(state, plan, loader, rate, last_norm, peak_memory()))
+            recorder.row(training_row(state, plan.total_steps, loader.steps_per_epoch, rate, last_norm, peak_memory()))
             state.window = Window()
         improved = False
         with masters.looked_at(optimizer) if saves or plan.evaluate(state.step) else nullcontext():
             if plan.evaluate(state.step):
                 if evaluate:
-                    improved = _note_evaluation(state, evaluate(state.step), recorder)
+                    improved = note_evaluation(state, evaluate(state.step), recorder)
                 if sample:
                     recorder.samples(sample(state.step))
-                stopping = stopping or interrupted()
+                stopping = stopping or any(any(words) for words in processes.gather([interrupted()]))
             if saves or stopping or (improved and plan.save_best):
                 checkpoints.save(state, masters.masters, optimizer)
 
@@ -214,7 +243,7 @@ def fit(
                 f"(best {state.best_loss:.4f} at step {state.best_step})"
             )
             break
-    return state
+    return state, stopping
 
 
 def _gradients(
@@ -226,14 +255,70 @@ def _gradients(
     scaler: torch.amp.GradScaler,
     state: State,
     recorder: Recorder,
+    processes: Processes,
+    stopping: Callable[[], bool],
+    device: torch.device,
+    keep_less: Callable[[], str] | None,
+) -> tuple[Step, torch.Tensor, torch.Tensor, int, bool]:
+    """The gradients of the next step, of all processes, in the masters; returns the step, its loss and its hits, both
+    on the device, the tokens that were computed, and whether a process was asked to stop.
+
+    Raises:
+        OutOfMemory: on all processes, if one of them had too little.
+    """
+    step, loss, correct = None, torch.zeros((), device=device), torch.zeros((), device=device)
+    computed = tokens = documents = 0
+    try:
+        step, loss, correct, computed = _own_gradients(
+            policy,
+            objective,
+            loader,
+            masters,
+            scaler=scaler,
+            state=state,
+            recorder=recorder,
+            several=processes.size > 1,
+            device=device,
+            keep_less=keep_less,
+        )
+    except OutOfMemory as error:
+        if processes.size == 1:
+            raise
+        tokens, documents = error.tokens, error.documents
+    said = processes.add_up(
+        masters.masters.values(),
+        [loss, correct],
+        [stopping(), computed, documents, tokens],
+        failed=documents > 0,
+    )
+    # A single document has no way out, so that it goes before others; then the smallest pass decides.
+    failures = [(words[2] > 1, words[3], rank) for rank, words in enumerate(said) if words[2]]
+    if failures or step is None:
+        _, _, rank = min(failures)
+        documents, tokens = map(int, said[rank][2:])
+        raise OutOfMemory(state.step + 1, documents, tokens, loader.tokens_per_pass, f" on rank {rank}")
+    return step, loss, correct, sum(int(words[1]) for words in said), any(words[0] for words in said)
+
+
+def _own_gradients(
+    policy: nn.Module,
+    objective: Objective,
+    loader: Loader,
+    masters: Masters,
+    *,
+    scaler: torch.amp.GradScaler,
+    state: State,
+    recorder: Recorder,
+    several: bool,
     device: torch.device,
     keep_less: Callable[[], str] | None,
 ) -> tuple[Step, torch.Tensor, torch.Tensor, int]:
-    """The gradients of the next step, in the masters; returns the step, its loss and its hits, both on the
-    device, and the tokens that were computed.
+    """The gradients of this process's share of the next step, in the masters; returns the step, its share of the loss
+    and of the hits, both on the device, and the tokens that were computed.
 
     Out of memory, the step is cut anew into passes half as large and repeated from its first, and so are the
-    steps after it, here and in a run that resumes. A single document cannot be cut, and more is recomputed instead.
+    steps after it, here and in a run that resumes; not where there are `several` processes. A single document cannot
+    be cut, and more is recomputed instead.
     """
     while True:
         # The whole step is known first, so that every pass has the step's denominator.
@@ -251,9 +336,9 @@ def _gradients(
                 ) from error
             alone = error.documents == 1
             done = keep_less() if alone and keep_less is not None else ""
-            if alone and not done:
+            if not done and (alone or several):
                 raise
-            before, smaller = loader.tokens_per_pass, min(loader.tokens_per_pass, error.tokens) // 2
+            before, smaller = loader.tokens_per_pass, error.smaller
         # Outside of the except block: while there is a traceback, its frames hold the pass's activations.
         masters.zero_grad()
         gc.collect()
@@ -288,7 +373,7 @@ def _run_passes(
             if not _is_out_of_memory(error):
                 raise
             error.__traceback__ = None
-            raise OutOfMemory(number, len(documents), len(batch.input_ids)) from error
+            raise OutOfMemory(number, len(documents), len(batch.input_ids), loader.tokens_per_pass) from error
         loss += partial.detach()
         correct += (hits * batch.weight_N).sum()
         computed += len(batch.input_ids)
@@ -333,61 +418,6 @@ def _read(
             window.correct += int(correct)
     unread.clear()
     return float(norms[-1])
-
-
-def _count(state: State, step: Step, seconds: float) -> None:
-    state.seconds += seconds
-    for window in (state.window, state.between):
-        window.steps += 1
-        window.trained_tokens += step.trained_tokens
-        window.tokens += step.tokens
-        window.seconds += seconds
-
-
-def _row(state: State, plan: Plan, loader: Loader, rate: float, norm: float, peak: float) -> dict[str, Any]:
-    window = state.window
-    per_step = state.seconds / state.step
-    return {
-        "step": state.step,
-        "epoch": state.step / loader.steps_per_epoch,
-        "loss": window.loss / window.steps,
-        "token_accuracy": window.correct / max(1, window.trained_tokens),
-        "learning_rate": rate,
-        "grad_norm": norm,
-        "tokens": state.tokens,
-        "computed_tokens": state.computed_tokens,
-        "trained_tokens": state.trained_tokens,
-        "tokens_per_second": window.tokens / window.seconds,
-        "seconds": state.seconds,
-        "peak_memory_gib": peak,
-        "eta_seconds": per_step * (plan.total_steps - state.step),
-    }
-
-
-def _note_evaluation(state: State, figures: dict[str, float], recorder: Recorder) -> bool:
-    """Record an evaluation; says when eval loss has turned while train loss goes on falling."""
-    recorder.evaluation({"step": state.step, **figures})
-    loss = figures["eval_loss"]
-    train_loss = state.between.loss / state.between.steps
-    state.between = Window()
-    improved = state.best_loss is None or loss < state.best_loss
-    if improved:
-        state.best_loss, state.best_step, state.evaluations_since_best = loss, state.step, 0
-    else:
-        state.evaluations_since_best += 1
-    state.evaluations.append([state.step, loss, train_loss])
-    if (since := overfitting_since(state)) is not None:
-        recorder.say(f"overfitting since step {since}: eval loss rose to {loss:.4f} while train loss fell")
-    return improved
-
-
-def overfitting_since(state: State) -> int | None:
-    """The step of the best evaluation, if eval loss has risen since while train loss fell; else None."""
-    if not state.evaluations or state.evaluations[-1][0] == state.best_step:
-        return None
-    best = next(row for row in state.evaluations if row[0] == state.best_step)
-    last = state.evaluations[-1]
-    return best[0] if last[1] > best[1] and last[2] < best[2] else None
 
 
 def _not_finite(what: str, step: int, rows: list[str], checkpoints: Checkpoints) -> str:

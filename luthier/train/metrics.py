@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from luthier.errors import RunError
+from luthier.train.checkpoint import State, Window
 
 log = logging.getLogger("luthier")
 
@@ -139,6 +140,34 @@ class Recorder:
             sink(kept, int(row["step"]))
 
 
+class Silent(Recorder):
+    """The recorder of a process that does not report: the first one does."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def advance(self, step: int) -> None:
+        pass
+
+    def row(self, row: dict[str, Any]) -> None:
+        pass
+
+    def evaluation(self, row: dict[str, Any]) -> None:
+        pass
+
+    def samples(self, rows: list[dict[str, Any]]) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        pass
+
+
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
     try:
@@ -148,6 +177,65 @@ def _writing(path: Path) -> Iterator[None]:
             f"{path}: cannot be written: {error.strerror or error}; the run's checkpoints are whole: make room, "
             "then go on with the same command and --resume_from_checkpoint auto"
         ) from error
+
+
+def count_step(state: State, trained_tokens: int, tokens: int, seconds: float) -> None:
+    """Add a step to the windows since the last row and the last evaluation."""
+    state.seconds += seconds
+    for window in (state.window, state.between):
+        window.steps += 1
+        window.trained_tokens += trained_tokens
+        window.tokens += tokens
+        window.seconds += seconds
+
+
+def training_row(
+    state: State, total_steps: int, steps_per_epoch: int, rate: float, norm: float, peak: float
+) -> dict[str, Any]:
+    """What is logged after a step: means since the last row, and sums since the beginning."""
+    window = state.window
+    per_step = state.seconds / state.step
+    return {
+        "step": state.step,
+        "epoch": state.step / steps_per_epoch,
+        "loss": window.loss / window.steps,
+        "token_accuracy": window.correct / max(1, window.trained_tokens),
+        "learning_rate": rate,
+        "grad_norm": norm,
+        "tokens": state.tokens,
+        "computed_tokens": state.computed_tokens,
+        "trained_tokens": state.trained_tokens,
+        "tokens_per_second": window.tokens / window.seconds,
+        "seconds": state.seconds,
+        "peak_memory_gib": peak,
+        "eta_seconds": per_step * (total_steps - state.step),
+    }
+
+
+def note_evaluation(state: State, figures: dict[str, float], recorder: Recorder) -> bool:
+    """Record an evaluation; says when eval loss has turned while train loss goes on falling."""
+    recorder.evaluation({"step": state.step, **figures})
+    loss = figures["eval_loss"]
+    train_loss = state.between.loss / state.between.steps
+    state.between = Window()
+    improved = state.best_loss is None or loss < state.best_loss
+    if improved:
+        state.best_loss, state.best_step, state.evaluations_since_best = loss, state.step, 0
+    else:
+        state.evaluations_since_best += 1
+    state.evaluations.append([state.step, loss, train_loss])
+    if (since := overfitting_since(state)) is not None:
+        recorder.say(f"overfitting since step {since}: eval loss rose to {loss:.4f} while train loss fell")
+    return improved
+
+
+def overfitting_since(state: State) -> int | None:
+    """The step of the best evaluation, if eval loss has risen since while train loss fell; else None."""
+    if not state.evaluations or state.evaluations[-1][0] == state.best_step:
+        return None
+    best = next(row for row in state.evaluations if row[0] == state.best_step)
+    last = state.evaluations[-1]
+    return best[0] if last[1] > best[1] and last[2] < best[2] else None
 
 
 def drop_rows_after(path: Path, step: int) -> None:

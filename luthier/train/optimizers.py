@@ -40,7 +40,8 @@ def check_optimizer(training: TrainingConfig, device: torch.device, dtype: torch
         dtype: what the run computes in.
 
     Raises:
-        ConfigError: its library is missing, it does not run on the device, or not in this precision.
+        ConfigError: its library is missing, it does not run on the device, or not in this precision, or it does not
+            take `optim_args`.
     """
     name, info = training.optimizer, KNOWN[training.optimizer]
     if device.type not in info.devices:
@@ -62,6 +63,10 @@ def check_optimizer(training: TrainingConfig, device: torch.device, dtype: torch
             f"bf16_stochastic_rounding: this run computes in {str(dtype)[6:]} on {device}, and its weights are never "
             "in bfloat16; leave bf16_stochastic_rounding out"
         )
+    if training.optim_args:
+        # What it does not take, it says of any matrix.
+        matrix = torch.nn.Parameter(torch.zeros(2, 2, device=device))
+        _build([{"params": [matrix], "weight_decay": 0.0, "lr_factor": 1.0, "muon": True}], training, device)
 
 
 def build_optimizer(masters: Masters, training: TrainingConfig) -> torch.optim.Optimizer:
@@ -70,14 +75,16 @@ def build_optimizer(masters: Masters, training: TrainingConfig) -> torch.optim.O
     Raises:
         ConfigError: `optim_args` that the optimizer does not take, or `lr_groups` that match nothing.
     """
+    return _build(parameter_groups(masters, training), training, next(iter(masters)).device)
+
+
+def _build(groups: Groups, training: TrainingConfig, device: torch.device) -> torch.optim.Optimizer:
     reserved = _KEYS | (_KEYS_OF_ADAM if KNOWN[training.optimizer].adam else {})
     for name in training.optim_args:
         if name in reserved:
             raise ConfigError(f"optim_args: {name} has a key of its own: set {reserved[name]} instead")
     assert training.learning_rate is not None  # derived when the config is loaded
-    groups = parameter_groups(masters, training)
-    device, peak = next(iter(masters)).device, training.learning_rate
-    constructor = OPTIMIZERS[training.optimizer]
+    peak, constructor = training.learning_rate, OPTIMIZERS[training.optimizer]
 
     def build(groups: Groups) -> torch.optim.Optimizer:
         return constructor(groups, peak, training, device)

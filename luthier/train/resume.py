@@ -12,6 +12,7 @@ from luthier.config import Config
 from luthier.errors import RunError
 from luthier.train import checkpoint
 from luthier.train.checkpoint import State
+from luthier.train.distributed import Processes
 from luthier.train.folder import CONFIG
 from luthier.train.optim import Masters
 
@@ -24,17 +25,27 @@ def resume(
     masters: Masters,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    processes: Processes,
 ) -> State:
     """Put masters, optimizer, loss scale and random numbers back, and say where the run stood.
 
     Args:
-        job: what the checkpoint must agree on with the run that goes on from it.
+        job: what the checkpoint must agree on with the run that goes on from it; the number of processes is no
+            part of it.
 
     Raises:
         RunError: it belongs to another run.
     """
     state, before = checkpoint.read_state(path)
     changed = [name for name in job if job[name] != before.get(name)]
+    if changed == ["rows_per_step"]:
+        rows, now = before.get("rows_per_step"), job["rows_per_step"]
+        raise RunError(
+            f"{path}: rows_per_step was {rows} when this run began, and micro_batch_size x "
+            f"gradient_accumulation_steps x the number of processes ({processes.size}) is {now} now. The steps of a "
+            "run stay the same: set micro_batch_size and gradient_accumulation_steps so that the product is "
+            f"{rows} again"
+        )
     if changed:
         says = ", ".join(
             f"{name} (was {before.get(name)}, is {job[name]})" if name not in ("data", "parameters") else name

@@ -5,13 +5,13 @@ config -> device, tokenizer, data -> model -> policy (proven) -> optimizer, step
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +26,7 @@ from luthier.data.formats import prompt_example
 from luthier.data.loader import StepLoader
 from luthier.data.render import Renderer
 from luthier.data.tokenizer import load_tokenizer, terminator_ids
-from luthier.errors import ConfigError
+from luthier.errors import DataError
 from luthier.evaluate.loss import evaluate_loss
 from luthier.evaluate.samples import Sampler, validation_prompts
 from luthier.generate.engine import Engine, default_terminators
@@ -43,9 +43,9 @@ from luthier.models.device import (
 from luthier.models.fp8 import check_fp8, round_to_fp8
 from luthier.models.fuse import fuse_policy
 from luthier.models.isolation import build_policy
-from luthier.models.layers import Recomputation, recomputation_of
+from luthier.models.layers import recomputation_of
 from luthier.models.load import read_model_config
-from luthier.models.memory import PROBE_TOKENS, Budget, choose_pass
+from luthier.models.memory import PROBE_TOKENS
 from luthier.models.policy import Policy
 from luthier.models.rank_budget import TOKENS, looks_at_data
 from luthier.models.rope import with_positions
@@ -53,18 +53,25 @@ from luthier.objectives.sft import sft
 from luthier.plan.measured import PeakWatch
 from luthier.train.artifacts import write_environment
 from luthier.train.checkpoint import Checkpoints, State
-from luthier.train.composed import PerParameter
+from luthier.train.distributed import Processes
 from luthier.train.files import write_text_atomic
 from luthier.train.finish import RunResult, finish
-from luthier.train.folder import CONFIG, RunFolder, hold_folder
+from luthier.train.folder import CONFIG, RunFolder, shared_folder
 from luthier.train.interrupt import Interrupt, terminated_with_a_message
 from luthier.train.intervals import build_plan
-from luthier.train.loop import fit
-from luthier.train.metrics import Recorder
+from luthier.train.loop import OutOfMemory, fit
+from luthier.train.metrics import Recorder, Silent
 from luthier.train.optim import Masters, clip_gradients, schedule
 from luthier.train.optimizers import build_optimizer, check_optimizer, set_labels
+from luthier.train.passes import (
+    choose_tokens,
+    keep_less,
+    remember_smaller,
+    steps_in_backward,
+    take_over_smaller,
+)
 from luthier.train.resume import resume, say_changes
-from luthier.train.trackers import Trackers
+from luthier.train.trackers import Trackers, trackers_of
 
 log = logging.getLogger("luthier")
 
@@ -87,18 +94,23 @@ def train(config: Config) -> RunResult:
     """
     began = time.perf_counter()
     config = with_adapter_settings(config)
-    with terminated_with_a_message(), hold_folder(config) as opened:
-        trackers = Trackers(config.logging, opened.path, config.flat())
-        try:
-            return _train(config, opened, trackers, began)
-        finally:
-            trackers.finish()
+    processes = Processes.of_environment()
+    processes.check(config)
+    with (
+        terminated_with_a_message(),
+        processes.connected(),
+        shared_folder(config, processes) as opened,
+        trackers_of(config, opened.path, processes) as trackers,
+    ):
+        return _train(config, opened, trackers, processes, began)
 
 
-def _train(config: Config, opened: RunFolder, trackers: Trackers, began: float) -> RunResult:
+def _train(
+    config: Config, opened: RunFolder, trackers: Trackers, processes: Processes, began: float
+) -> RunResult:
     folder = opened.path
     # 1. Where and in which precision, and the data.
-    device = choose_device(config.model.device_map)
+    device = processes.take_device(choose_device(config.model.device_map))
     dtype = choose_dtype(config, device)
     if config.model.load_in_fp8:
         check_fp8(device, dtype)
@@ -107,8 +119,10 @@ def _train(config: Config, opened: RunFolder, trackers: Trackers, began: float) 
     keep_freed_memory(device)
     torch.manual_seed(config.training.seed)
     tokenizer = load_tokenizer(config)
-    data = prepare(config, tokenizer)
-    data.report.log()
+    data = processes.in_turn(partial(prepare, config, tokenizer))
+    if processes.main:
+        data.report.log()
+    processes.join(device)
     config = with_positions(config, read_model_config(config.model), [data.train, data.validation])
     watch = PeakWatch(config, device, dtype, len(tokenizer))
 
@@ -125,63 +139,69 @@ def _train(config: Config, opened: RunFolder, trackers: Trackers, began: float) 
     optimizer = build_optimizer(masters, config.training)
     watch.follow(policy, masters)
     share = config.training.share_prefixes == "auto" and policy.may_share()
-    loader = _loader(config, data.train, alone=not policy.flat, share=share)
+    loader = _loader(config, data.train, processes, alone=not policy.flat, share=share)
     set_labels(optimizer, float(data.train.trained.sum()) / loader.steps_per_epoch)
     total_steps = config.training.max_steps or math.ceil(config.training.num_epochs * loader.steps_per_epoch)
     if config.model.load_in_fp8:
         round_to_fp8(policy, next(loader.batches(loader.step(0), device)))
-    _say_steps(config, loader, total_steps, device, dtype)
+    _say_steps(config, loader, total_steps, device, dtype, processes)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     # 3. Where the run stands, and what its folder says of it.
     job = _job(config, data, masters, loader)
+    processes.agree_on("data, settings or trained parameters", sha256(repr(job).encode()).hexdigest())
     state = State()
     if opened.resume_from is not None:
-        state = resume(opened.resume_from, job, masters, optimizer, scaler)
-        say_changes(folder, config)
+        state = resume(opened.resume_from, job, masters, optimizer, scaler, processes)
+        if processes.main:
+            say_changes(folder, config)
+    processes.level(masters, device)
+    masters.publish()
+    take_over_smaller(folder, state, config, processes)
     recomputation = recomputation_of(policy.model, config.precision, state.recomputed)
-    budget = _budget(config, state, loader, policy, masters, recomputation, device)
+    budget = choose_tokens(config, state, loader, policy, masters, recomputation, device, processes)
     log.info("%s", budget)
     state.recomputed = list(recomputation.modes) if recomputation.free else []
     loader.tokens_per_pass = state.tokens_per_pass = budget.tokens
     clip: Callable[[Masters], torch.Tensor] = partial(clip_gradients, max_norm=config.training.max_grad_norm)
     if config.training.optimizer_in_backward:
-        clip = _steps_in_backward(optimizer, masters, loader)
+        clip = steps_in_backward(optimizer, masters, loader)
     if (saved := loader.saving()) >= 0.005:
         log.info(
             "shared prefixes: about %.0f%% of the tokens are computed with another example's", 100 * saved
         )
     state.tokens_asked = config.training.max_tokens_per_pass
-    opened.clear()
-    write_text_atomic(folder / CONFIG, config.to_yaml())
-    write_environment(
-        folder,
-        {
-            "data": data.report.describe(),
-            "device": str(device),
-            "dtype": str(dtype)[6:],
-            "tokens_per_pass": budget.tokens,
-        },
-    )
+    if processes.main:
+        opened.clear()
+        write_text_atomic(folder / CONFIG, config.to_yaml())
+        write_environment(
+            folder,
+            {
+                "data": data.report.describe(),
+                "device": str(device),
+                "dtype": str(dtype)[6:],
+                "processes": processes.size,
+                "tokens_per_pass": budget.tokens,
+            },
+        )
 
     write_model = partial(_write_model, model=model, masters=masters, tokenizer=tokenizer, config=config)
-    checkpoints = Checkpoints(folder, write_model, limit=config.output.save_total_limit, job=job)
-    evaluate, sample = _evaluators(config, data, policy, loader, model, tokenizer, device)
+    limit = config.output.save_total_limit
+    checkpoints = Checkpoints(folder, write_model, limit=limit, job=job, writes=processes.main)
+    evaluate, sample = _evaluators(config, data, policy, loader, model, tokenizer, device, processes)
+    plan = build_plan(
+        config, loader.steps_per_epoch, total_steps, evaluates=evaluate is not None, samples=sample is not None
+    )
 
     # 4. Train, to the end or to a signal, and put the result at the top of the folder.
     with (
         Interrupt() as interrupt,
-        Recorder(
-            folder,
-            total_steps,
-            from_step=state.step,
-            sinks=[trackers.log],
-            sample_sinks=[trackers.log_samples],
-        ) as recorder,
+        _recorder(folder, total_steps, state, trackers, processes) as recorder,
+        _remembered_if_out_of_memory(folder, config, processes),
     ):
         if state.step < total_steps:
             log.info("%.1f seconds to the first step", time.perf_counter() - began)
-        state = fit(
+        state, stopped = fit(
             policy,
             sft,
             loader,
@@ -190,30 +210,27 @@ def _train(config: Config, opened: RunFolder, trackers: Trackers, began: float) 
             learning_rate=schedule(config.training, total_steps),
             clip=clip,
             scaler=scaler,
-            plan=build_plan(
-                config,
-                loader.steps_per_epoch,
-                total_steps,
-                evaluates=evaluate is not None,
-                samples=sample is not None,
-            ),
+            plan=plan,
             state=state,
             recorder=recorder,
             checkpoints=checkpoints,
+            processes=processes,
             evaluate=evaluate,
-            sample=sample,
+            sample=sample if processes.main else None,
             interrupted=interrupt,
             device=device,
             peak_memory=partial(peak_memory_gib, device),
-            keep_less=partial(_keep_less, recomputation, state),
+            keep_less=partial(keep_less, recomputation, state, processes),
         )
-        if interrupt() and state.step < total_steps:
-            assert interrupt.signal is not None
+        if stopped and state.step < total_steps:
+            by = interrupt.signal.name if interrupt.signal else "a signal to another process"
             recorder.say(
-                f"stopped by {interrupt.signal.name} after step {state.step} of {total_steps}; saved. "
+                f"stopped by {by} after step {state.step} of {total_steps}; saved. "
                 f"Go on with the same command and --resume_from_checkpoint auto"
             )
             return RunResult(folder, False, state)
+    if not processes.main:
+        return RunResult(folder, True, state)
     with masters.looked_at(optimizer):
         peak = watch.peak(recomputation.modes)
         return finish(config, folder, state, checkpoints, masters, recorder, len(data.train), peak)
@@ -232,24 +249,39 @@ def _first_documents(dataset: TokenDataset, config: Config) -> list[torch.Tensor
     return found
 
 
-def _steps_in_backward(
-    optimizer: torch.optim.Optimizer, masters: Masters, loader: StepLoader
-) -> Callable[[Masters], torch.Tensor]:
-    """Let backward take the optimizer's steps from now on; returns what says the gradients' norm afterwards."""
-    assert isinstance(optimizer, PerParameter)
-    if loader.alone and loader.rows_per_step > 1:
-        raise ConfigError(
-            "optimizer_in_backward: this model runs one document per pass, and a step has to be one pass: write "
-            "`micro_batch_size: 1`, or leave optimizer_in_backward out"
-        )
-    optimizer.fuse_into_backward(masters)
-    masters.stepped_by_backward = True
-    return optimizer.gradient_norm
+@contextmanager
+def _remembered_if_out_of_memory(folder: Path, config: Config, processes: Processes) -> Iterator[None]:
+    try:
+        yield
+    except OutOfMemory as error:
+        if processes.main and error.documents > 1:
+            remember_smaller(folder, error.smaller, config)
+        raise
 
 
-def _loader(config: Config, dataset: TokenDataset, *, alone: bool, share: bool) -> StepLoader:
+def _recorder(
+    folder: Path, total_steps: int, state: State, trackers: Trackers, processes: Processes
+) -> Recorder:
+    if not processes.main:
+        return Silent()
+    return Recorder(
+        folder,
+        total_steps,
+        from_step=state.step,
+        sinks=[trackers.log],
+        sample_sinks=[trackers.log_samples],
+    )
+
+
+def _loader(
+    config: Config, dataset: TokenDataset, processes: Processes, *, alone: bool, share: bool
+) -> StepLoader:
     training, data = config.training, config.data
-    rows_per_step = training.micro_batch_size * training.gradient_accumulation_steps
+    rows_per_step = training.micro_batch_size * training.gradient_accumulation_steps * processes.size
+    if len(dataset) < processes.size:
+        raise DataError(
+            f"the training data has {len(dataset)} documents, and there are {processes.size} processes: start fewer"
+        )
     loader = StepLoader(
         dataset,
         rows_per_step=rows_per_step,
@@ -259,72 +291,33 @@ def _loader(config: Config, dataset: TokenDataset, *, alone: bool, share: bool) 
         packed_len=data.sequence_len if data.sample_packing else None,
         alone=alone,
         share=share,
+        rank=processes.rank,
+        processes=processes.size,
     )
     if loader.fill is not None:
         log.info("packed into rows of %d tokens, %.1f%% full", data.sequence_len, 100 * loader.fill)
     return loader
 
 
-def _keep_less(recomputation: Recomputation, state: State) -> str:
-    said = recomputation.more()
-    if said:
-        state.recomputed = list(recomputation.modes)
-    return said
-
-
-def _budget(
-    config: Config,
-    state: State,
-    loader: StepLoader,
-    policy: Policy,
-    masters: Masters,
-    recomputation: Recomputation,
-    device: torch.device,
-) -> Budget:
-    """Most tokens in a pass: as when the run began, unless the config asks for something else now."""
-    asked = config.training.max_tokens_per_pass
-    in_backward = config.training.optimizer_in_backward
-    if state.tokens_per_pass and state.tokens_asked == asked and not in_backward:
-        return Budget(state.tokens_per_pass, "as before")
-
-    def run_pass() -> int:
-        policy.train()
-        batch = next(loader.batches(loader.step(state.step), device))
-        policy(batch)[0].sum().backward()
-        masters.zero_grad()
-        return len(batch.input_ids)
-
-    lengths = np.sort(loader.dataset.lengths)
-    in_step = lengths[-loader.rows_per_step :].sum()
-    if config.data.sample_packing:
-        in_step = min(loader.rows_per_step * config.data.sequence_len, lengths.sum())
-    if in_backward:
-        asked = int(max(in_step, lengths[-1]))
-    budget = choose_pass(
-        policy,
-        recomputation,
-        device,
-        longest=int(lengths[-1]),
-        step_tokens=int(in_step),
-        run_pass=run_pass,
-        asked=asked if isinstance(asked, int) else None,
-    )
-    return replace(budget, why="a step is one, with optimizer_in_backward") if in_backward else budget
-
-
 def _say_steps(
-    config: Config, loader: StepLoader, total: int, device: torch.device, dtype: torch.dtype
+    config: Config,
+    loader: StepLoader,
+    total: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    processes: Processes,
 ) -> None:
     training = config.training
     unit = "packed rows" if config.data.sample_packing else "examples"
     log.info(
-        "%d steps of %d %s (micro_batch_size %d x gradient_accumulation_steps %d x 1 process), %d steps an epoch, "
+        "%d steps of %d %s (micro_batch_size %d x gradient_accumulation_steps %d x %s), %d steps an epoch, "
         "%s on %s",
         total,
         loader.rows_per_step,
         unit,
         training.micro_batch_size,
         training.gradient_accumulation_steps,
+        "1 process" if processes.size == 1 else f"{processes.size} processes",
         loader.steps_per_epoch,
         str(dtype)[6:],
         device,
@@ -339,6 +332,7 @@ def _evaluators(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     device: torch.device,
+    processes: Processes,
 ) -> tuple[Callable[[int], dict[str, float]] | None, Callable[[int], list[dict[str, Any]]] | None]:
     """What is asked at every evaluation: the loss over the validation set, and samples."""
     section = config.evaluation
@@ -358,6 +352,9 @@ def _evaluators(
                 alone=not policy.flat,
                 share=loader.share,
                 device=device,
+                rank=processes.rank,
+                processes=processes.size,
+                gather=processes.gather,
             )
 
     prompts: list[tuple[Any, ...]] = []
@@ -406,7 +403,7 @@ def _job(config: Config, data: PreparedData, masters: Masters, loader: StepLoade
     """What a checkpoint must agree on with the run that goes on from it."""
     return {
         "base_model": config.model.base_model,
-        "data": hashlib.sha256(data.train.digests.tobytes() + data.train.trained.tobytes()).hexdigest(),
+        "data": sha256(data.train.digests.tobytes() + data.train.trained.tobytes()).hexdigest(),
         "rows_per_step": loader.rows_per_step,
         "seed": config.training.seed,
         "shuffle": config.data.shuffle,

@@ -18,8 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from luthier.config import LoggingConfig
+from luthier.config import Config, LoggingConfig
 from luthier.errors import ConfigError
+from luthier.train.distributed import Processes
 
 log = logging.getLogger("luthier")
 
@@ -97,6 +98,17 @@ class Trackers:
                     type(error).__name__,
                     _first_line(error),
                 )
+
+
+@contextmanager
+def trackers_of(config: Config, folder: Path, processes: Processes) -> Iterator[Trackers]:
+    """The trackers of a run, for as long as it lasts; none in any process but the first."""
+    section = config.logging if processes.main else LoggingConfig()
+    trackers = Trackers(section, folder, config.flat())
+    try:
+        yield trackers
+    finally:
+        trackers.finish()
 
 
 def tracker_names(section: LoggingConfig) -> list[str]:
@@ -236,7 +248,12 @@ def _accelerate_state() -> Iterator[None]:
     if PartialState._shared_state != {}:
         yield
         return
-    PartialState(cpu=True)
+    # Inside of a launcher it would open a process group of its own, and wait for processes that have no trackers.
+    launched = {name: os.environ.pop(name) for name in ("LOCAL_RANK", "WORLD_SIZE") if name in os.environ}
+    try:
+        PartialState(cpu=True)
+    finally:
+        os.environ.update(launched)
     try:
         yield
     finally:

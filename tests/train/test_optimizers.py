@@ -348,6 +348,15 @@ def test_arguments_that_an_optimizer_does_not_take() -> None:
     build_optimizer(masters, _training("lion_8bit", optim_args={"betas": [0.95, 0.98]}))
 
 
+@pytest.mark.parametrize("name", sorted(KNOWN))
+def test_and_that_is_said_before_the_model_is_loaded(name: str) -> None:
+    device = torch.device("cpu")
+    with pytest.raises(ConfigError, match=r"does not take \{'nonsense': 1\}"):
+        check_optimizer(_training(name, optim_args={"nonsense": 1}), device, torch.float32)
+    with pytest.raises(ConfigError, match="lr has a key of its own"):
+        check_optimizer(_training(name, optim_args={"lr": 1}), device, torch.float32)
+
+
 def _with_adapter(folder: Path, **keys: Any) -> tuple[nn.Module, Any]:
     values = dict(adapter="lora", lora_r=4, lora_target_modules=["q_proj", "embed_tokens"], peft_use_dora=True)
     config = Config.from_flat(

@@ -20,8 +20,7 @@ from luthier.data.tokenizer import load_tokenizer
 from luthier.errors import ConfigError, LuthierError, ModelError, RunError
 from luthier.train import checkpoint
 from luthier.train.checkpoint import State
-from luthier.train.loop import overfitting_since
-from luthier.train.metrics import Recorder
+from luthier.train.metrics import Recorder, overfitting_since
 from luthier.train.run import train
 from tests.train.conftest import losses
 

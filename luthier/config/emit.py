@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from luthier.config.rules import is_idle
+from luthier.config.needs import is_idle
 from luthier.config.schema import SECTIONS, Sections
 from luthier.config.yaml_source import Path_, dotted, parse_scalar
 

@@ -32,6 +32,7 @@ class Linear:
     Attributes:
         weight: (O, I), or frozen in a format of its own. bias: (O,).
         read: gives such a weight as (O, I) in a compute dtype; None where `weight` itself is what is multiplied with.
+            Its second argument says that the caller is done with it before any other weight is read.
         a, b: (r, I) and (O, r), in any float dtype; None without an adapter.
         row_scale: (O, 1) fp32, of a weight in e4m3 that is multiplied with as it is (`kernels.fp8_linear`).
         scale: factor on the low-rank addition.
@@ -48,24 +49,24 @@ class Linear:
     p: float = 0.0
     a_copy: torch.Tensor | None = None
     b_copy: torch.Tensor | None = None
-    read: Callable[[torch.dtype], torch.Tensor] | None = None
+    read: Callable[[torch.dtype, bool], torch.Tensor] | None = None
     row_scale: torch.Tensor | None = None
 
-    def weight_in(self, dtype: torch.dtype) -> torch.Tensor:
-        return self.weight if self.read is None else self.read(dtype)
+    def weight_in(self, dtype: torch.dtype, *, brief: bool = False) -> torch.Tensor:
+        return self.weight if self.read is None else self.read(dtype, brief)
 
     def multiply(self, x_TI: torch.Tensor) -> torch.Tensor:
         """x W' + b."""
         if self.row_scale is not None:
             return fp8_linear(x_TI, self.weight, self.row_scale, self.bias)
-        return F.linear(x_TI, self.weight_in(x_TI.dtype), self.bias)
+        return F.linear(x_TI, self.weight_in(x_TI.dtype, brief=True), self.bias)
 
     def multiply_back(self, grad_TO: torch.Tensor, onto: torch.Tensor | None) -> torch.Tensor:
         """dY W, added to what is there already."""
         if self.row_scale is not None:
             dx = fp8_input_gradient(grad_TO, self.weight, self.row_scale)
             return dx if onto is None else onto.add_(dx)
-        weight = self.weight_in(grad_TO.dtype)
+        weight = self.weight_in(grad_TO.dtype, brief=True)
         return grad_TO @ weight if onto is None else onto.addmm_(grad_TO, weight)
 
     def b_in(self, dtype: torch.dtype) -> torch.Tensor:

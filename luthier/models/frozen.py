@@ -42,6 +42,9 @@ class FrozenLinear(nn.Module):
         self.weight = cast(nn.Parameter, base.weight)
         self.bias = cast(nn.Parameter | None, base.bias)
         self.storage = storage_of(self.weight)
+        if self.storage == "8bit" and cast(Any, self.weight).SCB is None:
+            # In its first forward pass bitsandbytes' layer moves the scales from the weight to itself.
+            cast(Any, self.weight).SCB = cast(Any, base).state.SCB
         self.register_buffer("row_scale", None, persistent=False)
         self._copy: torch.Tensor | None = None
         if hasattr(base, "in_features"):
@@ -74,10 +77,16 @@ class FrozenLinear(nn.Module):
         """`weight_in`, or None where the weight is in that dtype already."""
         return None if self.storage == "dense" and self.weight.dtype == dtype else self.weight_in
 
-    def weight_in(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight (out, in) in a compute dtype, however it is stored; no copy where it is in that dtype."""
+    def weight_in(self, dtype: torch.dtype, brief: bool = False) -> torch.Tensor:
+        """The weight (out, in) in a compute dtype, however it is stored; no copy where it is in that dtype.
+
+        Args:
+            brief: the caller is done with it before any other weight is read, so that one buffer may serve them all.
+        """
         if self._copy is not None and self._copy.dtype == dtype:
             return self._copy
+        if self.storage == "dense" and brief and self.weight.device.type == "cpu":
+            return _in_buffer(self.plain_weight.detach(), dtype)
         if self.storage == "dense":
             return self.plain_weight.detach().to(dtype)
         if self.row_scale is not None:
@@ -114,6 +123,18 @@ def keep_copies(model: nn.Module, budget: float, dtype: torch.dtype) -> None:
     log.info(
         "%d of %d stored weights have a copy in %s, %.2f GiB", kept, len(layers), str(dtype)[6:], taken / 2**30
     )
+
+
+_buffers: dict[torch.dtype, torch.Tensor] = {}
+
+
+def _in_buffer(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A weight in another dtype, in a buffer that the next one overwrites. Fresh memory for each would leave a CPU's
+    heap in pieces, between the activations that are kept: 0.3 GiB for a model of 0.6B (measured)."""
+    buffer = _buffers.get(dtype)
+    if buffer is None or buffer.numel() < weight.numel():
+        buffer = _buffers[dtype] = torch.empty(weight.numel(), dtype=dtype)
+    return buffer[: weight.numel()].view(weight.shape).copy_(weight)
 
 
 def storage_of(weight: torch.Tensor) -> str:

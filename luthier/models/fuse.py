@@ -201,7 +201,9 @@ def _install(module: nn.Module, forward: Fused) -> None:
 def _try_rows(decoder: nn.Module, kinds: list[Kind]) -> bool:
     """Whether the last layer, told some rows, computes those as it does among all."""
     layers = [m for m in decoder.modules() if isinstance(m.__dict__.get("forward"), FusedLayer)]
-    if not layers:
+    stack = next((m for m in decoder.modules() if isinstance(m, nn.ModuleList) and set(layers) & set(m)), None)
+    # The rows go to every layer, and one that is kept would hand them to its fused attention.
+    if stack is None or not set(stack) <= set(layers):
         return False
     last = layers[-1]
     call = next(kind.call for kind in kinds if last in kind.modules and kind.call is not None)

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -92,7 +93,7 @@ def read_model_config(model: ModelConfig) -> Any:
         found = transformers.AutoConfig.from_pretrained(
             model.base_model, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, StrictDataclassError) as error:
         raise cannot_load("model", model.base_model, error) from error
     apply_rope(model, found)
     return found

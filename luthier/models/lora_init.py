@@ -88,7 +88,13 @@ def begin(
     elif how == "loftq":
         assert sources.original is not None
         base = layer.weight_in(torch.float32)
-        a, b = quantisation_residual(sources.original(path).to(base), base, r, layer.scale)
+        original = sources.original(path).to(base)
+        # GPT-2's Conv1D is transposed in the file. Of a square weight only the values tell: rounding moves them little.
+        if original.shape != base.shape or (
+            base.shape[0] == base.shape[1] and (original.t() - base).norm() < (original - base).norm()
+        ):
+            original = original.t()
+        a, b = quantisation_residual(original, base, r, layer.scale)
         layer.lora_A.copy_(a)
         layer.lora_B.copy_(b)
 

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from luthier.config import Config, ModelConfig
-from luthier.errors import ConfigError
+from luthier.errors import ConfigError, ModelError
 from luthier.models.frozen import FrozenLinear
 
 log = logging.getLogger("luthier")
@@ -38,17 +38,8 @@ def quantization(config: ModelConfig, model_config: Any, device: torch.device, d
     Raises:
         ConfigError: bitsandbytes is missing or cannot run here, or the checkpoint is quantised otherwise.
     """
-    asked = "load_in_4bit" if config.load_in_4bit else "load_in_8bit" if config.load_in_8bit else None
-    stored = quantized_as(model_config)
-    if stored not in (None, "4bit", "8bit", *_TURNED_PLAIN):
-        raise ConfigError(
-            f"base_model: {config.base_model} is quantised by {stored}, and Luthier trains on bitsandbytes' formats: "
-            "take the model's full checkpoint, with `load_in_4bit: true` to have it in 4 bits"
-        )
-    if asked and stored and asked != f"load_in_{stored}":
-        raise ConfigError(
-            f"{asked}: {config.base_model} is stored in another format ({stored}); leave {asked} out"
-        )
+    check_format(config, model_config)
+    asked, stored = _asked(config), quantized_as(model_config)
     if asked is None and stored not in ("4bit", "8bit"):
         return None
     what = asked or f"base_model: {config.base_model} is stored in {stored} and"
@@ -66,6 +57,28 @@ def quantization(config: ModelConfig, model_config: Any, device: torch.device, d
         bnb_4bit_use_double_quant=config.bnb_4bit_use_double_quant,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def check_format(config: ModelConfig, model_config: Any) -> None:
+    """Whether the checkpoint's own format is one that can be trained on, and the one that the config names.
+
+    Raises:
+        ConfigError: it is quantised by something else than bitsandbytes, or otherwise than asked for.
+    """
+    asked, stored = _asked(config), quantized_as(model_config)
+    if stored not in (None, "4bit", "8bit", *_TURNED_PLAIN):
+        raise ConfigError(
+            f"base_model: {config.base_model} is quantised by {stored}, and Luthier trains on bitsandbytes' formats: "
+            "take the model's full checkpoint, with `load_in_4bit: true` to have it in 4 bits"
+        )
+    if asked and stored and asked != f"load_in_{stored}":
+        raise ConfigError(
+            f"{asked}: {config.base_model} is stored in another format ({stored}); leave {asked} out"
+        )
+
+
+def _asked(config: ModelConfig) -> str | None:
+    return "load_in_4bit" if config.load_in_4bit else "load_in_8bit" if config.load_in_8bit else None
 
 
 def quantized_as(model_config: Any) -> str | None:
@@ -100,7 +113,14 @@ def is_quantized(model: nn.Module) -> bool:
 def take_over(model: PreTrainedModel) -> None:
     """Let Luthier's layers read the quantised weights that no adapter has taken; says what there is."""
     for path, module in list(model.named_modules()):
-        if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
+        packed = type(module).__name__ in ("Linear4bit", "Linear8bitLt")
+        reads = packed or (isinstance(module, FrozenLinear) and module.storage != "dense")
+        if reads and hasattr(model.get_submodule(path.rpartition(".")[0]), "A_log"):
+            raise ModelError(
+                f"{type(model).__name__} has state-space layers, whose kernels read weights past the linear layers "
+                "that hold them and cannot read quantised ones: leave load_in_4bit and load_in_8bit out"
+            )
+        if packed:
             model.set_submodule(path, FrozenLinear(module).train(module.training))
     layers = [m for m in model.modules() if isinstance(m, FrozenLinear) and m.storage != "dense"]
     kinds = Counter(layer.storage for layer in layers)
@@ -119,9 +139,16 @@ def take_over(model: PreTrainedModel) -> None:
         )
 
 
+def experts_of(model: nn.Module) -> list[str]:
+    """Names of the parameters that hold a matrix for each expert; the kernels of a convolution have as many
+    dimensions."""
+    convolutions = {id(m.weight) for m in model.modules() if isinstance(m, nn.Conv1d)}
+    return [n for n, p in model.named_parameters() if p.dim() == 3 and id(p) not in convolutions]
+
+
 def _say_experts(model: nn.Module) -> None:
     """transformers keeps the experts of a layer in one tensor each, which bitsandbytes leaves as they are."""
-    experts = [p for p in model.parameters() if p.dim() == 3 and p.is_floating_point()]
+    experts = [model.get_parameter(name) for name in experts_of(model)]
     if experts:
         log.warning(
             "the experts of this model are no linear layers and are not quantised: %.2f GiB in %s",

@@ -18,6 +18,7 @@ from luthier.errors import ConfigError, ModelError
 from luthier.models.adapter import pattern_of
 from luthier.models.frozen import FrozenLinear
 from luthier.models.load import decoder_of
+from luthier.models.quantize import experts_of
 
 log = logging.getLogger("luthier")
 
@@ -203,7 +204,7 @@ def _read_past(model: nn.Module) -> set[str]:
 
 def _say_experts(model: nn.Module, adapter: AdapterConfig) -> None:
     """transformers keeps the experts of a layer in one tensor each, which no linear layer holds."""
-    experts = [n for n, p in model.named_parameters() if p.dim() == 3 and not n.endswith("_bias")]
+    experts = [n for n in experts_of(model) if not n.endswith("_bias")]
     left = [n for n in experts if not any(n.endswith("." + t) or n == t for t in _named_parameters(adapter))]
     if left:
         log.warning(

@@ -19,13 +19,15 @@ class Card:
 
     Attributes:
         memory: bytes. tflops: dense 16-bit matrix multiplies with fp32 sums, in 10^12 FLOP/s, as the maker states
-            them; None where it is not known. bf16: whether it multiplies bfloat16.
+            them; None where it is not known. bf16: whether it multiplies bfloat16. fp8: whether it is of the Hopper
+            generation or later, whose 8-bit multiplies `load_in_fp8` is for.
     """
 
     name: str
     memory: float
     tflops: float | None = None
     bf16: bool = True
+    fp8: bool = True
 
     @property
     def room(self) -> float:
@@ -33,8 +35,8 @@ class Card:
         return max(0.0, self.memory - CONTEXT_BYTES) * FILLED
 
 
-def _card(name: str, mib: int, tflops: float, *, bf16: bool = True) -> Card:
-    return Card(name, mib * 2.0**20, tflops, bf16)
+def _card(name: str, mib: int, tflops: float, *, bf16: bool = True, fp8: bool = False) -> Card:
+    return Card(name, mib * 2.0**20, tflops, bf16, fp8)
 
 
 # Memory as the driver reports it, which is less than the nominal where error correction takes a part; peak as in the
@@ -42,16 +44,16 @@ def _card(name: str, mib: int, tflops: float, *, bf16: bool = True) -> Card:
 CARDS: dict[str, Card] = {
     card.name: card
     for card in (
-        _card("b200", 183_359, 2250),
-        _card("h200", 143_771, 989),
-        _card("h100", 81_559, 989),
-        _card("h100-pcie", 81_559, 756),
+        _card("b200", 183_359, 2250, fp8=True),
+        _card("h200", 143_771, 989, fp8=True),
+        _card("h100", 81_559, 989, fp8=True),
+        _card("h100-pcie", 81_559, 756, fp8=True),
         _card("a100-80", 81_920, 312),
         _card("a100-40", 40_960, 312),
         _card("l40s", 46_068, 362),
         _card("a6000", 49_140, 155),
         _card("rtx6000-ada", 49_140, 364),
-        _card("rtx5090", 32_607, 209),
+        _card("rtx5090", 32_607, 209, fp8=True),
         _card("rtx4090", 24_564, 165),
         _card("rtx3090", 24_576, 71),
         _card("a10g", 23_028, 70),

@@ -39,7 +39,22 @@ def command(
     """Say what a run will need: memory, steps, time, cost; without weights and without a GPU."""
     loaded = Config.load(config, overrides or [])
     card = _card(gpu, memory)
+    if tokens is not None and rows is not None and not rows <= tokens <= rows * loaded.data.sequence_len:
+        raise ConfigError(
+            f"--tokens {tokens:,} in --rows {rows:,}: a document has at least one token and at most sequence_len "
+            f"({loaded.data.sequence_len:,}); correct one of the three"
+        )
     if fit:
+        for name, unread in (
+            ("--tokens", tokens),
+            ("--rows", rows),
+            ("--tokens-per-second", tokens_per_second),
+            ("--measured", measured),
+            ("--mfu", mfu),
+            ("--price-per-hour", price_per_hour),
+        ):
+            if unread is not None:
+                raise ConfigError(f"{name} does nothing with --fit, which says what fits and not how long it takes")
         print(_fit(loaded, card, num_gpus or 1, family, as_json=as_json))
         return
     for name, value in (("--num-gpus", num_gpus), ("--family", family)):
@@ -71,12 +86,25 @@ def plan_of(config: Config, card: Card | None, *, tokens: int | None = None, row
     # Imported here, so that a mistake on the command line is said before torch is loaded.
     from luthier.models.assemble import with_adapter_settings
     from luthier.models.load import read_model_config
+    from luthier.models.quantize import check_format, check_trains
     from luthier.plan.plan import make_plan
     from luthier.plan.read import engine_of, on_cpu, training_shape
     from luthier.plan.work import work_stated
 
     config = with_adapter_settings(config)
     model_config = read_model_config(config.model)
+    check_trains(config, model_config)
+    check_format(config.model, model_config)
+    if config.model.load_in_fp8 and (on_cpu(config) or (card is not None and not card.fp8)):
+        raise ConfigError(
+            f"load_in_fp8: {'a CPU' if card is None or on_cpu(config) else card.name} has no multiply for it (Hopper, "
+            "such as the h100, and later have): leave load_in_fp8 out, or take load_in_8bit or load_in_4bit"
+        )
+    if on_cpu(config) and card is not None and card.tflops is not None:
+        raise ConfigError(
+            f"--gpu {card.name}: the config computes on the CPU (device_map: cpu): leave one of the two out, or say "
+            "with --memory how much the machine has"
+        )
     vocabulary = 0
     if tokens is not None or rows is not None:
         named = [f"{tokens:,} tokens"] if tokens else []

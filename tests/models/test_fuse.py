@@ -125,6 +125,26 @@ def test_whatever_is_trained(family: str, settings: dict[str, Any]) -> None:
     assert_same(logps_and_gradients(policy), expected)
 
 
+@pytest.mark.parametrize("kept", [0, 1])
+def test_one_layer_that_is_kept_sees_no_label_rows(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its attention is fused, and would take them."""
+    model, state = adapted("llama")
+    policy = Policy(model, state)
+    expected = logps_and_gradients(policy)
+    layer = model.model.layers[kept]
+    layer.marked = 1  # a kind of its own
+    inner = fuse._difference
+
+    def differs(expected: Any, module: Any, call: Any) -> float | None:
+        return 1.0 if module is layer else inner(expected, module, call)
+
+    monkeypatch.setattr(fuse, "_difference", differs)
+    fuse.fuse_policy(policy)
+    assert "forward" not in layer.__dict__ and "forward" in layer.self_attn.__dict__
+    assert not policy.rows_in_last_layer
+    assert_same(logps_and_gradients(policy), expected)
+
+
 def test_recomputation_goes_on_in_fused_layers() -> None:
     model, state = adapted("llama", lora_dropout=0.2)
     policy = Policy(model, state)

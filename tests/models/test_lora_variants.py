@@ -278,6 +278,19 @@ def test_loftq_is_pefts_and_nearer_to_the_original() -> None:
     assert lora_init.quantisation_residual(weight, rough, 40, 1.0)[0].shape == (40, 32)
 
 
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "mlp.up_proj"])  # a square one, and one that is not
+def test_loftq_finds_a_transposed_weight(name: str) -> None:
+    """GPT-2's files hold (in, out), of which the quantised layer is (out, in)."""
+    model = toy_model("llama")
+    add_lora(model, _adapter(), seed=0)
+    layer = lora_layers(model)[f"model.layers.0.{name}"]
+    quantised = layer.weight_in(torch.float32)
+    error = 0.1 * quantised.std() * torch.randn(quantised.shape, generator=torch.Generator().manual_seed(1))
+    sources = Sources(original=lambda path: (quantised + error).t())
+    lora_init.begin(layer, name, "loftq", 0, sources, None)
+    assert (error - layer.scale * layer.lora_B @ layer.lora_A).norm() < 0.95 * error.norm()
+
+
 DOCUMENTS = [torch.randint(3, 128, (n,), generator=torch.Generator().manual_seed(n)) for n in (60, 25, 40, 60)]
 
 

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from luthier.config import Config
 from luthier.data.tokenizer import load_tokenizer
-from luthier.errors import ConfigError
+from luthier.errors import ConfigError, ModelError
 from luthier.models import assemble, quantize, storage
 from luthier.models.assemble import open_for_inference
 from luthier.models.frozen import FrozenLinear, dequantized
@@ -151,6 +151,23 @@ def test_a_run_learns_resumes_and_answers_on_its_quantised_base(
 
 
 @pytest.mark.parametrize("name", ["nf4-double", "8bit"])
+def test_data_may_run_through_a_quantised_base_before_the_adapter_is_made(
+    name: str,
+    run_config: MakeConfig,  # noqa: F811
+) -> None:
+    # In its first forward pass bitsandbytes' 8-bit layer moves the scales from the weight to itself.
+    ids = torch.randint(3, 100, (1, 12))
+    plain = run_config(**FORMATS[name])
+    looking = plain.replace("test", peft_init_lora_weights="eva")
+    documents = [torch.randint(3, 100, (64,)) for _ in range(4)]
+    model, _ = assemble.build_model(
+        looking, load_tokenizer(looking), torch.device("cpu"), torch.float32, documents=documents
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(input_ids=ids).logits, _ours(plain).eval()(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("name", ["nf4-double", "8bit"])
 def test_a_folder_saved_in_few_bits_loads_as_it_is(
     name: str,
     run_config: MakeConfig,  # noqa: F811
@@ -274,3 +291,19 @@ def test_what_cannot_be_quantised_here_is_said_before_the_model_is_loaded(
     toy_tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="is quantised by gptq"):
         _ours(run_config(base_model=str(tmp_path)))
+
+
+def test_state_space_layers_cannot_be_quantised_and_are_no_experts(
+    run_config: MakeConfig,  # noqa: F811
+    toy_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    toy_model("mamba", vocab_size=len(toy_tokenizer)).save_pretrained(tmp_path / "mamba")
+    toy_tokenizer.save_pretrained(tmp_path / "mamba")
+    for keys in ({"load_in_4bit": True}, {"load_in_8bit": True}):
+        with pytest.raises(ModelError, match="state-space layers, whose kernels read weights past"):
+            _ours(run_config(base_model=str(tmp_path / "mamba"), **keys))
+    with caplog.at_level(logging.INFO, logger="luthier"):
+        _ours(run_config(base_model=str(tmp_path / "mamba")))
+    assert "experts" not in caplog.text

@@ -182,3 +182,18 @@ def test_a_large_head_is_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         found.append((logps.detach(), correct, hidden.grad))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_weights_share_a_buffer_only_while_they_are_multiplied_with() -> None:
+    """What autograd keeps of a reference computation is a copy of its own; the kernels keep no weight."""
+    layers = [FrozenLinear(nn.Linear(8, 8, bias=False).to(torch.bfloat16)) for _ in range(2)]
+    x = torch.randn(5, 8, requires_grad=True)
+    expected = x.detach() @ layers[0].weight.float().T @ layers[1].weight.float().T
+    torch.testing.assert_close(layers[1](layers[0](x)), expected)
+    first, second = (layer.weight_in(torch.float32) for layer in layers)
+    assert first.data_ptr() != second.data_ptr()
+    brief = [layer.weight_in(torch.float32, True) for layer in layers]
+    assert brief[0].data_ptr() == brief[1].data_ptr()
+    grad = torch.randn(5, 8)
+    layers[1](layers[0](x)).backward(grad)
+    torch.testing.assert_close(x.grad, grad @ layers[1].weight.float() @ layers[0].weight.float())

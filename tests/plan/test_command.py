@@ -366,11 +366,48 @@ def test_families_have_their_published_sizes(family: str) -> None:
         (["--measured", "nowhere"], "nowhere"),
         (["--measured", ".", "--tokens-per-second", "3"], "keep one"),
         (["--mfu", "0.5", "--memory", "9GiB"], "name the card with --gpu"),
+        (["--fit", "--memory", "9GiB", "--price-per-hour", "3"], "--price-per-hour does nothing with --fit"),
+        (["--tokens", "9", "--rows", "10"], "a document has at least one token"),
+        (["--tokens", "99999", "--rows", "10"], "at most sequence_len (512)"),
     ],
 )
 def test_mistakes_on_the_command_line(arguments: list[str], words: str, plan: Plan) -> None:
     status, _, err = plan(*arguments)
     assert status == 2 and words in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keys", "stored", "words"),
+    [
+        (["--gpu", "a100-80"], {"load_in_fp8": True}, None, "a100-80 has no multiply for it"),
+        ([], {"load_in_fp8": True, "device_map": "cpu"}, None, "a CPU has no multiply for it"),
+        (["--gpu", "t4"], {"device_map": "cpu"}, None, "leave one of the two out"),
+        ([], {}, {"quant_method": "gptq", "bits": 4}, "is quantised by gptq"),
+        ([], {"adapter": None, "lora_r": None}, {"load_in_4bit": True}, "cannot be trained"),
+        ([], {"load_in_8bit": True}, {"load_in_4bit": True}, "is stored in another format (4bit)"),
+    ],
+)
+def test_what_training_would_refuse_is_not_planned(
+    arguments: list[str],
+    keys: dict[str, Any],
+    stored: dict[str, Any] | None,
+    words: str,
+    plan: Plan,
+    toy_llama_dir: Path,
+    tmp_path: Path,
+) -> None:
+    described = json.loads((toy_llama_dir / "config.json").read_text())
+    if stored is not None:
+        described["quantization_config"] = stored
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    status, _, err = plan("--rows", "10", *arguments, base_model=str(tmp_path), **keys)
+    assert status == 2 and words in err
+
+
+def test_a_config_json_with_a_wrong_value(plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": "wide"}))
+    status, _, err = plan("--rows", "10", base_model=str(tmp_path))
+    assert status == 1 and "cannot load the model" in err and "hidden_size" in err
 
 
 def test_a_folder_without_a_config(plan: Plan, tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ class Linear:
     Attributes:
         weight: (O, I), or frozen in a format of its own. bias: (O,).
         read: gives such a weight as (O, I) in a compute dtype; None where `weight` itself is what is multiplied with.
-            Its second argument says that the caller is done with it before any other weight is read.
+            Its second argument says that the caller is done with it before any other weight is read. shape: (O, I) of
+            such a weight.
         a, b: (r, I) and (O, r), in any float dtype; None without an adapter.
         row_scale: (O, 1) fp32, of a weight in e4m3 that is multiplied with as it is (`kernels.fp8_linear`).
         scale: factor on the low-rank addition.
@@ -51,6 +52,7 @@ class Linear:
     b_copy: torch.Tensor | None = None
     read: Callable[[torch.dtype, bool], torch.Tensor] | None = None
     row_scale: torch.Tensor | None = None
+    shape: tuple[int, int] = (0, 0)
 
     def weight_in(self, dtype: torch.dtype, *, brief: bool = False) -> torch.Tensor:
         return self.weight if self.read is None else self.read(dtype, brief)
@@ -59,15 +61,27 @@ class Linear:
         """x W' + b."""
         if self.row_scale is not None:
             return fp8_linear(x_TI, self.weight, self.row_scale, self.bias)
-        return F.linear(x_TI, self.weight_in(x_TI.dtype, brief=True), self.bias)
+        if self.read is None:
+            return F.linear(x_TI, self.weight, self.bias)
+        # What is kept is there before the weight is read, and the weight is gone before anything else is: otherwise a
+        # CPU's heap is left in pieces.
+        out = x_TI.new_empty(x_TI.shape[0], self.shape[0])
+        weight = self.weight_in(x_TI.dtype, brief=True)
+        if self.bias is None:
+            return torch.mm(x_TI, weight.t(), out=out)
+        return torch.addmm(self.bias, x_TI, weight.t(), out=out)
 
     def multiply_back(self, grad_TO: torch.Tensor, onto: torch.Tensor | None) -> torch.Tensor:
         """dY W, added to what is there already."""
         if self.row_scale is not None:
             dx = fp8_input_gradient(grad_TO, self.weight, self.row_scale)
             return dx if onto is None else onto.add_(dx)
-        weight = self.weight_in(grad_TO.dtype, brief=True)
-        return grad_TO @ weight if onto is None else onto.addmm_(grad_TO, weight)
+        if onto is not None:
+            return onto.addmm_(grad_TO, self.weight_in(grad_TO.dtype, brief=True))
+        if self.read is None:
+            return grad_TO @ self.weight
+        dx = grad_TO.new_empty(grad_TO.shape[0], self.shape[1])
+        return torch.mm(grad_TO, self.weight_in(grad_TO.dtype, brief=True), out=dx)
 
     def b_in(self, dtype: torch.dtype) -> torch.Tensor:
         assert self.b is not None

@@ -66,7 +66,12 @@ class FrozenLinear(nn.Module):
 
     def linear(self, x: torch.Tensor) -> Linear:
         """The layer as the kernels take it, for the input x."""
-        return Linear(self.plain_weight, self.bias, read=self.reader(x.dtype), row_scale=self.row_scale)
+        return Linear(self.plain_weight, self.bias, **self.reading(x.dtype))
+
+    def reading(self, dtype: torch.dtype) -> dict[str, Any]:
+        """How the kernels read the weight in a compute dtype."""
+        shape = (self.out_features, self.in_features)
+        return {"read": self.reader(dtype), "row_scale": self.row_scale, "shape": shape}
 
     @property
     def plain_weight(self) -> torch.Tensor:

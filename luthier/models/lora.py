@@ -139,8 +139,7 @@ class LoRALinear(FrozenLinear, Adapter):
             self.dropout,
             a,
             b,
-            self.reader(x.dtype),
-            self.row_scale,
+            **self.reading(x.dtype),
         )
 
     def in_dtype(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -210,7 +209,7 @@ class DoRALinear(LoRALinear):
         # is: then the mean over masks is right.
         dropped = x * layer.keep.view(x.shape) * (1.0 / (1.0 - layer.p))
         out = self.finish(lora_linears(dropped, [replace(layer, keep=None)])[0])
-        return out + lora_linears(x - dropped, [Linear(layer.weight, read=layer.read)])[0]
+        return out + lora_linears(x - dropped, [replace(layer, a=None, b=None, keep=None)])[0]
 
     def unscaled(self, x: torch.Tensor) -> Linear:
         """What the kernels compute of the layer; `finish` does the rest."""

@@ -87,6 +87,10 @@ def settle(model: PreTrainedModel, compute: torch.dtype) -> None:
     for parameter in model.parameters():
         if id(parameter) not in ids and parameter.is_floating_point():
             parameter.data = parameter.data.to(compute)
+    if any(isinstance(m, FrozenLinear) and m.storage != "dense" for m in model.modules()):
+        # The rest of the mapped file was read once, for quantising it, and need not stay.
+        for parameter in {id(p): p for p in kept}.values():
+            parameter.data = parameter.data.clone()
     if problem := _problem(model, compute):
         widen(model, compute)
         log.warning("frozen weights are widened to %s: %s", str(compute)[6:], problem)

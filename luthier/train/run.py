@@ -36,6 +36,7 @@ from luthier.models.assemble import build_model, with_adapter_settings
 from luthier.models.device import (
     choose_device,
     choose_dtype,
+    give_back_freed_memory,
     keep_freed_memory,
     peak_memory_gib,
     set_matmul_precision,
@@ -146,6 +147,8 @@ def _train(
         round_to_fp8(policy, next(loader.batches(loader.step(0), device)))
     _say_steps(config, loader, total_steps, device, dtype, processes)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    give_back_freed_memory(device)  # what loading and proofs took
 
     # 3. Where the run stands, and what its folder says of it.
     job = _job(config, data, masters, loader)

@@ -89,8 +89,8 @@ def settle(model: PreTrainedModel, compute: torch.dtype) -> None:
             parameter.data = parameter.data.to(compute)
     if any(isinstance(m, FrozenLinear) and m.storage != "dense" for m in model.modules()):
         # The rest of the mapped file was read once, for quantising it, and need not stay.
-        for parameter in {id(p): p for p in kept}.values():
-            parameter.data = parameter.data.clone()
+        for weight in {id(p): p for p in kept}.values():
+            weight.data = weight.data.clone()
     if problem := _problem(model, compute):
         widen(model, compute)
         log.warning("frozen weights are widened to %s: %s", str(compute)[6:], problem)

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from luthier.errors import ModelError
 from luthier.models.fused import FusedAttention, FusedLayer, FusedMLP
 from luthier.models.load import count_parameters, decoder_of, embeddings_of, text_config_of
-from luthier.models.lora import LoRALinear
+from luthier.models.lora import DoRALinear, LoRALinear
 
 # What transformers' own layers keep, as a factor on the inputs and outputs of their linear layers: norms in fp32,
 # activation functions, copies of heads. Measured on its Llama: 1.2 to 1.4.
@@ -238,6 +238,11 @@ def _layer(layer: nn.Module, config: Any, *, fused: bool) -> Layer:
     stats_rows += 1 if before_mlp is not None else 0
     inner = _in(down)
     wide = float(2 * inner + sum(map(_rank, gates)) + _rank(down))
+    # DoRA keeps what it rescales; between rescaled layers the MLP runs in pieces, which keep their product as well.
+    tokens += sum(map(_rescaled, inputs))
+    rows += _rescaled(out)
+    if again := sum(map(_rescaled, [*gates, down])):
+        wide += again + inner
     linears = [*inputs, out, *gates, down]
     return Layer(
         known=True,
@@ -259,6 +264,10 @@ def _layer(layer: nn.Module, config: Any, *, fused: bool) -> Layer:
         parameters=sum(p.numel() for p in layer.parameters()),
         gates=sum(cast(nn.Linear, gate).weight.numel() for gate in gates),
     )
+
+
+def _rescaled(module: nn.Module) -> int:
+    return _out(module) if isinstance(module, DoRALinear) else 0
 
 
 def _parts(layer: nn.Module) -> tuple[str, nn.Module, nn.Module] | None:

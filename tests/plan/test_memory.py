@@ -36,6 +36,8 @@ def _total(step: Traced) -> float:
         dict(family="gemma3_text", lengths=(700, 600)),
         dict(family="phi3"),
         dict(family="olmo2"),
+        dict(family="llama", dora=True),
+        dict(family="gemma2", dora=True),
         dict(family="llama", lora=False),
         dict(family="gemma3_text", lora=False, lengths=(700, 600)),
     ],

@@ -61,6 +61,7 @@ def run_step(
     recompute: Mode = "keep",
     kernels: bool = True,
     optimizer: str = "adamw_torch_fused",
+    dora: bool = False,
     **changes: Any,
 ) -> Traced:
     """One pass, backward and optimizer step, the third of three, traced."""
@@ -78,7 +79,9 @@ def run_step(
     use_flat_attention(model)
     dropout = None
     if lora:
-        dropout = add_lora(model, AdapterConfig(adapter="lora", lora_r=8, lora_target_linear=True), 0)
+        dropout = add_lora(
+            model, AdapterConfig(adapter="lora", lora_r=8, lora_target_linear=True, peft_use_dora=dora), 0
+        )
     else:
         set_trainable(model, FreezeConfig())
     policy = build_policy(model, dropout, 1024)

@@ -58,7 +58,6 @@ ELSEWHERE: dict[str, str] = {
 
 # The same for values, each after its key.
 VALUES_ELSEWHERE: dict[str, str] = {
-    "gradient_checkpointing: unsloth": " Write offload.",
     "gradient_checkpointing: offload_disk": " Write offload.",
 }
 

@@ -231,6 +231,8 @@ def derived(c: Flat, written: Collection[str]) -> dict[str, tuple[Any, str]]:
         values["loraplus_lr_embedding"] = (1e-6, "as PEFT has it")
     if c["optimizer"] in ALIASES:
         values["optimizer"] = (ALIASES[c["optimizer"]], f"{c['optimizer']} is another name of it")
+    if c["gradient_checkpointing"] == "unsloth":
+        values["gradient_checkpointing"] = ("offload", "unsloth is another name of it")
     if c["optimizer"] == "schedule_free_adamw" and "lr_scheduler" not in written:
         values["lr_scheduler"] = ("constant_with_warmup", "schedule_free_adamw averages weights instead")
     named = c["lora_target_modules"] or c["lora_model_dir"] or c["lora_target_parameters"]

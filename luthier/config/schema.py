@@ -89,10 +89,10 @@ class PrecisionConfig(Section):
     """Compute in float16 with loss scaling, for cards before Ampere. `auto`: where bfloat16 is not there."""
     tf32: Switch = None
     """Let fp32 matrix multiplies use TF32 on NVIDIA cards. `auto`: where the card has it."""
-    gradient_checkpointing: bool | Literal["auto", "offload"] = "auto"
+    gradient_checkpointing: bool | Literal["auto", "offload", "unsloth"] = "auto"
     """Keep less for the backward pass and compute it again. `auto`: only as much as memory asks for, the cheap parts
     first; `true`: every layer keeps its input only, for about a third more work; `offload`: and that in the host's
-    memory; `false`: nothing is computed again."""
+    memory (`unsloth` is another name of it); `false`: nothing is computed again."""
     tiled_mlp: bool | Literal["auto"] = "auto"
     """Run the MLP of a long pass in tiles of tokens and compute their inside again in the backward pass. `auto`: in
     layers that compute it again anyway."""

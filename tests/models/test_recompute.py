@@ -434,8 +434,10 @@ def test_asked_for_it_is_done(
 
 def test_what_unsloth_calls_it() -> None:
     values = {"base_model": "x", "datasets": [{"path": "x", "type": "alpaca"}]}
-    with pytest.raises(ConfigError, match=r"gradient_checkpointing: .*'unsloth'.* Write offload."):
-        Config.from_flat({**values, "gradient_checkpointing": "unsloth"})
+    config = Config.from_flat({**values, "gradient_checkpointing": "unsloth"})
+    assert config.precision.gradient_checkpointing == "offload"
+    with pytest.raises(ConfigError, match=r"gradient_checkpointing: .*'offload_disk'.* Write offload."):
+        Config.from_flat({**values, "gradient_checkpointing": "offload_disk"})
 
 
 @pytest.mark.gpu

@@ -24,6 +24,8 @@ from luthier.kernels.lora_linear import (
     reference_lora_linears,
     trained_parts,
     weight_gradients,
+    with_masks,
+    without_masks,
 )
 
 # Largest difference from `reference_gated_mlp` in fp32, relative to the largest value.
@@ -51,11 +53,12 @@ def gated_mlp(
 
 def reference_gated_mlp(x: torch.Tensor, inputs: Sequence[Linear], down: Linear, kind: str) -> torch.Tensor:
     """The same in plain torch, for autograd to differentiate."""
-    gate, up = _halves(reference_lora_linears(x, inputs))
+    gate, up = halves(reference_lora_linears(x, inputs))
     return reference_lora_linears(reference_gated(gate, up, kind), [down])[0]
 
 
-def _halves(outs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def halves(outs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gate and up (..., I) among the outputs of the input layers: two, or the halves of one (..., 2 I)."""
     if len(outs) == 2:
         return outs[0], outs[1]
     gate, up = outs[0].chunk(2, -1)
@@ -74,25 +77,25 @@ class _GatedMLP(torch.autograd.Function):
         *tensors: torch.Tensor | None,
     ) -> torch.Tensor:
         wide, kept = lora_linear.forward(x_TD, inputs, stacked_a)
-        (out_TD,), kept_down = lora_linear.forward(gated_forward(*_halves(wide), kind), (down,))
-        ctx.layers, ctx.kind = (*inputs, down), kind
+        (out_TD,), kept_down = lora_linear.forward(gated_forward(*halves(wide), kind), (down,))
+        (ctx.layers, masks), ctx.kind = without_masks((*inputs, down)), kind
         ctx.trained = trained_parts(ctx.needs_input_grad[5:])
         needs_x = any(weight or adapter for weight, _, adapter in ctx.trained[:-1])
         ctx.save_for_backward(
-            x_TD if needs_x else None, kept.a, kept.inner, kept_down.a, kept_down.inner, *wide, *tensors
+            x_TD if needs_x else None, kept.a, kept.inner, kept_down.a, kept_down.inner, *masks, *wide, *tensors
         )
         return out_TD
 
     @staticmethod
     def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_TD, a, inner, a_down, inner_down, *rest = ctx.saved_tensors
-        *inputs, down = ctx.layers
-        wide = rest[: len(inputs)]
+        *inputs, down = with_masks(ctx.layers, rest)
+        wide = rest[len(ctx.layers) :][: len(inputs)]
         kept, kept_down = Kept(tuple(inputs), a, inner), Kept((down,), a_down, inner_down)
         # Gate and up are dead after this; their gradients take their place.
         d_product, d_inner_down = input_gradient([d_out], kept_down)
         assert d_product is not None
-        product, *_ = gated_backward_(d_product, *_halves(wide), ctx.kind, inplace=True)
+        product, *_ = gated_backward_(d_product, *halves(wide), ctx.kind, inplace=True)
         of_down = weight_gradients([d_out], d_inner_down, product, kept_down, ctx.trained[-1:])
         del product, d_product
         dx, d_inner = input_gradient(wide, kept, wanted=ctx.needs_input_grad[0])

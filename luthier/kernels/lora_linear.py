@@ -13,7 +13,7 @@ Shapes: T tokens, I inputs, O outputs, r rank; a weight may be a transposed view
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -142,7 +142,7 @@ def forward(
     """Outputs of each layer, without autograd; what `backward` needs."""
     if stacked_a is None:
         stacked_a = stack(layers, x_TI.dtype)
-    kept = Kept(layers, stacked_a, _inner(x_TI, layers, stacked_a))
+    kept = Kept(layers, stacked_a, inner_products(x_TI, layers, stacked_a))
     outs = []
     for layer, columns in zip(layers, kept.columns(), strict=True):
         out = layer.multiply(x_TI)
@@ -215,7 +215,7 @@ def weight_gradients(
     return found
 
 
-def _inner(
+def inner_products(
     x_TI: torch.Tensor, layers: tuple[Linear, ...], stacked_a: torch.Tensor | None
 ) -> torch.Tensor | None:
     """x A' of all layers side by side, (T, sum of r); dropped inputs differ, so they multiply one by one."""
@@ -254,15 +254,15 @@ class _Linears(torch.autograd.Function):
         outs, kept = forward(x_TI, layers, stacked_a)
         ctx.trained = trained_parts(ctx.needs_input_grad[3:])
         needs_x = any(weight or adapter for weight, _, adapter in ctx.trained)
-        ctx.layers = layers
-        ctx.save_for_backward(x_TI if needs_x else None, kept.a, kept.inner, *tensors)
+        ctx.layers, masks = without_masks(layers)
+        ctx.save_for_backward(x_TI if needs_x else None, kept.a, kept.inner, *masks, *tensors)
         ctx.set_materialize_grads(False)
         return tuple(outs)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        x_TI, a, inner, *_ = ctx.saved_tensors  # reading them checks that nobody has changed a weight since
-        kept = Kept(ctx.layers, a, inner)
+        x_TI, a, inner, *rest = ctx.saved_tensors  # reading them checks that nobody has changed a weight since
+        kept = Kept(with_masks(ctx.layers, rest), a, inner)
         dx, d_inner = input_gradient(grads, kept, wanted=ctx.needs_input_grad[0])
         return (
             dx,
@@ -270,6 +270,18 @@ class _Linears(torch.autograd.Function):
             None,
             *in_order(ctx.layers, weight_gradients(grads, d_inner, x_TI, kept, ctx.trained)),
         )
+
+
+def without_masks(layers: Sequence[Linear]) -> tuple[tuple[Linear, ...], list[torch.Tensor | None]]:
+    """Layers without dropout's masks, and these: as saved tensors they are not kept where a layer is recomputed."""
+    masks = [one.keep for one in layers]
+    return tuple(one if one.keep is None else replace(one, keep=None) for one in layers), masks
+
+
+def with_masks(layers: Sequence[Linear], masks: Sequence[torch.Tensor | None]) -> tuple[Linear, ...]:
+    """The layers as they were before `without_masks`; of `masks` only the first ones, one for each layer, are read."""
+    pairs = zip(layers, masks, strict=False)
+    return tuple(one if keep is None else replace(one, keep=keep) for one, keep in pairs)
 
 
 def trained_parts(needs: Sequence[bool]) -> list[tuple[bool, bool, bool]]:

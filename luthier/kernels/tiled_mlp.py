@@ -23,7 +23,7 @@ import torch
 
 from luthier.kernels import lora_linear
 from luthier.kernels.gated import gated_backward_, gated_forward
-from luthier.kernels.gated_mlp import _halves
+from luthier.kernels.gated_mlp import halves
 from luthier.kernels.lora_linear import (
     Kept,
     Linear,
@@ -73,7 +73,7 @@ def tiled_mlp(
     flat = x.reshape(-1, x.shape[-1])
     found = layers(flat)
     tensors = [t for one in (*found.inputs, found.down) for t in (one.weight, one.bias, one.a, one.b)]
-    return _TiledMLP.apply(flat, layers, kind, tile, *tensors).view(x.shape)
+    return _TiledMLP.apply(flat, layers, found, kind, tile, *tensors).view(x.shape)
 
 
 class _TiledMLP(torch.autograd.Function):
@@ -82,6 +82,7 @@ class _TiledMLP(torch.autograd.Function):
         ctx: Any,
         x_TD: torch.Tensor,
         layers: Callable[[torch.Tensor], MLPLayers],
+        found: MLPLayers,
         kind: str,
         tile: int,
         *tensors: torch.Tensor | None,
@@ -91,10 +92,9 @@ class _TiledMLP(torch.autograd.Function):
         out_TD = torch.empty_like(x_TD)
         if _output_is_unused.get():
             return out_TD
-        found = layers(x_TD)
         for rows in _tiles(len(x_TD), tile):
             wide, _ = lora_linear.forward(x_TD[rows], _rows(found.inputs, rows), found.stacked_a)
-            product = gated_forward(*_halves(wide), kind)
+            product = gated_forward(*halves(wide), kind)
             del wide
             (out,), _ = lora_linear.forward(product, _rows((found.down,), rows))
             if len(out) == len(out_TD):
@@ -107,20 +107,20 @@ class _TiledMLP(torch.autograd.Function):
         x_TD, *_ = ctx.saved_tensors  # reading them checks that nobody has changed a weight since
         found = ctx.layers(x_TD)
         layers = (*found.inputs, found.down)
-        trained = trained_parts(ctx.needs_input_grad[4:])
+        trained = trained_parts(ctx.needs_input_grad[5:])
         needs_dx = ctx.needs_input_grad[0]
         dx_TD: torch.Tensor | None = None
-        total: list[torch.Tensor | None] = [None] * len(ctx.needs_input_grad[4:])
+        total: list[torch.Tensor | None] = [None] * len(ctx.needs_input_grad[5:])
         for rows in _tiles(len(x_TD), ctx.tile):
             x, inputs, down = x_TD[rows], _rows(found.inputs, rows), _rows((found.down,), rows)
             wide, kept = lora_linear.forward(x, inputs, found.stacked_a)
             a_down = lora_linear.stack(down, x.dtype)
-            product = gated_forward(*_halves(wide), ctx.kind)
-            kept_down = Kept(down, a_down, lora_linear._inner(product, down, a_down))
+            product = gated_forward(*halves(wide), ctx.kind)
+            kept_down = Kept(down, a_down, lora_linear.inner_products(product, down, a_down))
             del product
             d_product, d_inner_down = input_gradient([d_out[rows]], kept_down)
             assert d_product is not None
-            product, *_ = gated_backward_(d_product, *_halves(wide), ctx.kind, inplace=True)
+            product, *_ = gated_backward_(d_product, *halves(wide), ctx.kind, inplace=True)
             of_down = weight_gradients([d_out[rows]], d_inner_down, product, kept_down, trained[-1:])
             del product, d_product
             dx, d_inner = input_gradient(wide, kept, wanted=needs_dx)
@@ -132,7 +132,7 @@ class _TiledMLP(torch.autograd.Function):
                 dx_TD[rows] = dx
             else:
                 dx_TD = dx
-        return dx_TD, None, None, None, *total
+        return dx_TD, None, None, None, None, *total
 
 
 def _tiles(tokens: int, tile: int) -> list[slice]:

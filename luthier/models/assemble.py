@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -55,9 +56,10 @@ def build_model(
         documents: token ids of training documents, for adapters that look at data before they begin.
         resume_from: the checkpoint that the run goes on from.
     """
-    quantize.check_trains(config, read_model_config(config.model))
-    narrow = _narrow_dtype(config, tokenizer, dtype)
-    model = load_model(config, tokenizer, device, narrow or dtype)
+    model_config = read_model_config(config.model)
+    quantize.check_trains(config, model_config)
+    narrow = _narrow_dtype(config, model_config, len(tokenizer), dtype)
+    model = load_model(config, tokenizer, device, narrow or dtype, model_config)
     dropout = make_trainable(model, config, _sources(model, config, documents, resume_from))
     quantize.take_over(model)
     if narrow is not None:
@@ -65,8 +67,6 @@ def build_model(
     if copies := config.precision.dequantized_copies_gib:
         keep_copies(model, copies * 2**30, dtype)
     _check_added_tokens(model, tokenizer, config)
-    if config.precision.gradient_checkpointing in (True, "offload"):
-        _checkpoint_layers(model)
     trainable, total = count_parameters(model)
     log.info(
         "trainable parameters: %s of %s (%.2f%%)", f"{trainable:,}", f"{total:,}", 100 * trainable / total
@@ -74,15 +74,13 @@ def build_model(
     return model, dropout
 
 
-def _narrow_dtype(
-    config: Config, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
-) -> torch.dtype | None:
+def _narrow_dtype(config: Config, model_config: Any, tokens: int, dtype: torch.dtype) -> torch.dtype | None:
     """The checkpoint's 16-bit dtype, where the frozen weights beside an adapter may stay in it."""
     adapter = config.adapter
     # What runs through the model before it is settled, or is taken out of its weights, would be rounded.
     if adapter.adapter is None or looks_at_data(adapter) or changes_base(adapter.peft_init_lora_weights):
         return None
-    return storage.smaller_dtype(config.model, read_model_config(config.model), len(tokenizer), dtype)
+    return storage.smaller_dtype(config.model, model_config, tokens, dtype)
 
 
 def _sources(
@@ -98,7 +96,7 @@ def _sources(
         tensors = adapter_files.read_adapter_tensors(resume_from) if needed else {}
         earlier = {name.removeprefix(adapter_files.PREFIX): tensor for name, tensor in tensors.items()}
     elif how == "loftq":
-        original = OriginalWeights(storage._files(config.model), model.base_model_prefix)
+        original = OriginalWeights(storage.checkpoint_files(config.model), model.base_model_prefix)
     return Sources(documents, original, earlier)
 
 
@@ -159,16 +157,6 @@ def _check_added_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
             f"{', '.join(added[:3])}: tokens that are new to the vocabulary begin as the mean of the others "
             f"and would never be trained; {remedy}"
         )
-
-
-def _checkpoint_layers(model: PreTrainedModel) -> None:
-    # transformers renamed it; the old name warns from then on
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    try:
-        # Every random draw is seeded by document, so there is no state to restore for the second computation.
-        enable({"use_reentrant": False, "preserve_rng_state": False})
-    except ValueError as error:
-        raise ModelError(f"gradient_checkpointing: {type(model).__name__} does not support it") from error
 
 
 def open_for_inference(

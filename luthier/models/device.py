@@ -123,22 +123,12 @@ def keep_freed_memory(device: torch.device) -> None:
     it out again page by page, each zeroed: a fifth of a training step of a 135M model (measured). The peak is the
     same, since what was freed is what is taken next.
     """
-    if not _is_glibc(device):
+    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         return
     largest = 2**31 - 1  # the settings are C ints
     libc = ctypes.CDLL(None)
     for setting in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
         libc.mallopt(setting, largest)
-
-
-def give_back_freed_memory(device: torch.device) -> None:
-    """Return to the system, for once, what `keep_freed_memory` has kept."""
-    if _is_glibc(device):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _is_glibc(device: torch.device) -> bool:
-    return device.type == "cpu" and platform.libc_ver()[0] == "glibc"
 
 
 def peak_memory_gib(device: torch.device) -> float:

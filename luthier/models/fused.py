@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from luthier.kernels.gated import gated, gated_forward
-from luthier.kernels.gated_mlp import _halves, gated_mlp
+from luthier.kernels.gated_mlp import gated_mlp, halves
 from luthier.kernels.lora_linear import Linear, lora_linears, stack
 from luthier.kernels.rms_norm import add_rms_norm, rms_norm
 from luthier.kernels.rotary import rotary
@@ -139,16 +139,15 @@ class FusedMLP(Fused):
         return gated_mlp(x, layers.inputs, layers.down, self.kind, layers.stacked_a)
 
     def _by_layers(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = _halves(outputs(_of(self.module, self.inputs), x, self.stack))
+        gate, up = halves(outputs(_of(self.module, self.inputs), x, self.stack))
         return cast(torch.Tensor, self.module.down_proj(gated(gate, up, self.kind)))
 
     def _layers(self, x: torch.Tensor) -> MLPLayers:
         inputs = [linear(layer, x) for layer in _of(self.module, self.inputs)]
         last = self.module.down_proj
-        down = linear(last, x)
-        if down.keep is not None:  # its input is the wide product, of which only the shape matters here
-            down = linear(last, x.new_empty(1).expand(x.numel() // x.shape[-1], last.in_features))
-        return MLPLayers(tuple(inputs), down, self.stack.of(inputs, x.dtype))
+        # Its input is the wide product, of which only shape and dtype matter here.
+        wide = x.new_empty(1).expand(x.numel() // x.shape[-1], last.in_features)
+        return MLPLayers(tuple(inputs), linear(last, wide), self.stack.of(inputs, x.dtype))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from luthier.models.kinds import looks, one_of_each_layer
-from luthier.models.layers import Recomputation, _fused_mlps, layers_of
+from luthier.models.layers import Recomputation, fused_mlps, layers_of
 from luthier.models.load import decoder_of, embeddings_of
 from luthier.models.policy import Policy
 from luthier.models.recompute import MODES, Mode
@@ -152,7 +152,7 @@ def count(policy: Policy, recomputation: Recomputation) -> Kept:
     found: dict[Mode, list[list[float]]] = {}
     beside: dict[Mode, Growth] = {}
     wide = max(
-        (_WIDE * m.module.down_proj.in_features for layer in recomputation.layers for m in _fused_mlps(layer)),
+        (_WIDE * m.module.down_proj.in_features for layer in recomputation.layers for m in fused_mlps(layer)),
         default=0,
     )
     try:
@@ -177,7 +177,7 @@ def count(policy: Policy, recomputation: Recomputation) -> Kept:
         if mode not in found:  # what is not known there is what comes before it
             found[mode], beside[mode] = found[MODES[MODES.index(mode) - 1]], beside[MODES[MODES.index(mode) - 1]]
     keeps = [max(column) for column in zip(*found["keep"], strict=True)]
-    for mode in MODES[2:] if not all(map(_fused_mlps, recomputation.layers)) else ():
+    for mode in MODES[2:] if not all(map(fused_mlps, recomputation.layers)) else ():
         inside = Growth.through([_UNFUSED * kept for kept in keeps])
         beside[mode] = max(beside[mode], inside, key=lambda growth: growth.of(_LENGTHS[2], _LENGTHS[2]))
     layers = [

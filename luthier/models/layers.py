@@ -63,7 +63,7 @@ class Recomputation:
         if isinstance(layer.__dict__.get("forward"), FusedLayer):
             return True
         if mode == "mlp":
-            return bool(_fused_mlps(layer))
+            return bool(fused_mlps(layer))
         return mode == "keep" or (mode in ("layer", "offload") and self._switches())
 
     def set(self, modes: Sequence[Mode]) -> None:
@@ -93,7 +93,7 @@ class Recomputation:
                 self.decoder.gradient_checkpointing = mode in ("layer", "offload")
                 self.decoder._gradient_checkpointing_func = partial(_run_again, keep)
             again = mode == "mlp" or (mode in ("layer", "offload") and isinstance(forward, FusedLayer))
-            for mlp in _fused_mlps(layer):
+            for mlp in fused_mlps(layer):
                 mlp.tile = None
                 if self.tiled is True or again:
                     mlp.tile = self.tile if self.tiled else sys.maxsize
@@ -145,7 +145,7 @@ def recomputation_of(
     """
     asked = precision.gradient_checkpointing
     recomputation = Recomputation(model, tiled=precision.tiled_mlp, free=asked == "auto")
-    whole = sum(not _fused_mlps(layer) for layer in recomputation.layers)
+    whole = sum(not fused_mlps(layer) for layer in recomputation.layers)
     if precision.tiled_mlp is True and whole:
         log.warning("tiled_mlp: %d of %d layers have no fused MLP and run it whole", whole, len(recomputation.layers))
     if recomputation.free and len(before) == len(recomputation.layers):
@@ -164,7 +164,8 @@ def layers_of(decoder: nn.Module) -> list[nn.Module]:
     return list(lists[0]) if len(lists) == 1 else [decoder]
 
 
-def _fused_mlps(layer: nn.Module) -> list[FusedMLP]:
+def fused_mlps(layer: nn.Module) -> list[FusedMLP]:
+    """The fused forwards of the MLPs inside a layer."""
     return [
         forward for part in layer.modules() if isinstance(forward := part.__dict__.get("forward"), FusedMLP)
     ]

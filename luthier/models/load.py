@@ -29,15 +29,22 @@ log = logging.getLogger("luthier")
 
 
 def load_model(
-    config: Config, tokenizer: PreTrainedTokenizerBase, device: torch.device, dtype: torch.dtype
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    dtype: torch.dtype,
+    model_config: Any = None,
 ) -> PreTrainedModel:
     """The base model of a config on its device, in eval mode, with room for the tokenizer's added tokens.
+
+    Args:
+        model_config: as `read_model_config` gives it, where it is read already: on the hub each reading is a request.
 
     Raises:
         ModelError: not found, gated, weights missing, or no causal LM.
         ConfigError: a `model_type` that transformers does not have.
     """
-    model_config = read_model_config(config.model)
+    model_config = model_config or read_model_config(config.model)
     auto_class = model_class(config.model, model_config)
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()

@@ -50,7 +50,7 @@ def smaller_dtype(
     if compute != torch.float32 or tokens > (_vocabulary(model_config) or 0):
         return None
     found: Counter[str] = Counter()
-    for path in _files(model):
+    for path in checkpoint_files(model):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 -- it is no dict
@@ -180,7 +180,7 @@ def _vocabulary(model_config: Any) -> int | None:
     return getattr(model_config.get_text_config(decoder=True), "vocab_size", None)
 
 
-def _files(model: ModelConfig) -> list[Path]:
+def checkpoint_files(model: ModelConfig) -> list[Path]:
     """The checkpoint's safetensors files; none where it has others. Loading will need them all anyway."""
 
     def find(name: str) -> str | None:

@@ -36,7 +36,6 @@ from luthier.models.assemble import build_model, with_adapter_settings
 from luthier.models.device import (
     choose_device,
     choose_dtype,
-    give_back_freed_memory,
     keep_freed_memory,
     peak_memory_gib,
     set_matmul_precision,
@@ -48,6 +47,7 @@ from luthier.models.layers import recomputation_of
 from luthier.models.load import read_model_config
 from luthier.models.memory import PROBE_TOKENS
 from luthier.models.policy import Policy
+from luthier.models.quantize import check_trains, quantization
 from luthier.models.rank_budget import TOKENS, looks_at_data
 from luthier.models.rope import with_positions
 from luthier.objectives.sft import sft
@@ -116,6 +116,9 @@ def _train(
     if config.model.load_in_fp8:
         check_fp8(device, dtype)
     check_optimizer(config.training, device, dtype)
+    model_config = read_model_config(config.model)
+    check_trains(config, model_config)
+    quantization(config.model, model_config, device, dtype)  # for its errors: before data is prepared
     set_matmul_precision(config, device)
     keep_freed_memory(device)
     torch.manual_seed(config.training.seed)
@@ -124,7 +127,7 @@ def _train(
     if processes.main:
         data.report.log()
     processes.join(device)
-    config = with_positions(config, read_model_config(config.model), [data.train, data.validation])
+    config = with_positions(config, model_config, [data.train, data.validation])
     watch = PeakWatch(config, device, dtype, len(tokenizer))
 
     # 2. The model, what of it is trained, and the steps.
@@ -147,8 +150,6 @@ def _train(
         round_to_fp8(policy, next(loader.batches(loader.step(0), device)))
     _say_steps(config, loader, total_steps, device, dtype, processes)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-
-    give_back_freed_memory(device)  # what loading and proofs took
 
     # 3. Where the run stands, and what its folder says of it.
     job = _job(config, data, masters, loader)

@@ -139,7 +139,7 @@ def test_tiles_are_bounded_and_a_tile_is_all_there_is(monkeypatch: pytest.Monkey
     assert seen == [5, 5, 5, 2, 4, 3, 4, 3, 5, 5, 5, 2]
 
 
-def wide_policy(adapter: bool, **config: Any) -> Policy:
+def wide_policy(adapter: bool, dropout: float = 0.0) -> Policy:
     """Four Llama layers with widths that tell tensors apart."""
     values = dict(
         vocab_size=64,
@@ -151,12 +151,12 @@ def wide_policy(adapter: bool, **config: Any) -> Policy:
         head_dim=16,
     )
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **{**values, **config})).float()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **values)).float()
     use_flat_attention(model)
     state = None
     if adapter:
         asked = {"base_model": "x", "datasets": [{"path": "x", "type": "alpaca"}], "adapter": "lora", "lora_r": 4}
-        state = add_lora(model, Config.from_flat(asked).adapter, seed=0)
+        state = add_lora(model, Config.from_flat({**asked, "lora_dropout": dropout}).adapter, seed=0)
     policy = Policy(model, state)
     fuse.fuse_policy(policy)
     return policy
@@ -178,17 +178,22 @@ def traced(policy: Policy, lengths: tuple[int, ...]) -> tuple[int, int]:
     return after, trace.peak
 
 
-@pytest.mark.parametrize("adapter", [True, False], ids=["lora", "full"])
-def test_what_each_mode_keeps(adapter: bool) -> None:
+@pytest.mark.parametrize(
+    ("adapter", "dropout"), [(True, 0.0), (True, 0.3), (False, 0.0)], ids=["lora", "dropout", "full"]
+)
+def test_what_each_mode_keeps(adapter: bool, dropout: float) -> None:
     """Numbers a token in a layer: what the formulas of the modes say, and nothing beside it."""
     hidden, queries, keys, wide, heads, rank = 48, 64, 2 * 32, 176, 4, 4
-    policy = wide_policy(adapter)
+    policy = wide_policy(adapter, dropout)
     found = count(policy, Recomputation(policy.model, free=True))
     inner = rank * (3 + 1 + 2 + 1) if adapter else 0
     statistics = 2 + heads  # of two norms, and the log-sum of each query
     # inputs and outputs of two norms; queries, keys and values; attention's output, by document and in one
     everything = 4 * hidden + queries + keys + 2 * queries + 2 * wide + inner + statistics
     of_mlp = 2 * wide + (rank * 3 if adapter else 0)
+    if dropout:  # masks of the inputs of seven layers, a byte each
+        of_mlp += (2 * hidden + wide) / 4
+        everything += (5 * hidden + queries + wide) / 4
     expected = {
         "keep": everything,
         "norms": everything - 2 * hidden,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from luthier.config.optimizers import OPTIMIZERS
+from luthier.config.preference import READ_BY
 
 Flat = Mapping[str, Any]
 
@@ -151,6 +152,15 @@ NEEDS: tuple[Need, ...] = (
         lambda c: bool(c["wandb_project"]) or "wandb" in c["report_to"],
         "{key} needs Weights & Biases: set wandb_project or `report_to: wandb`, or leave {key} out.",
     ),
+)
+
+NEEDS += tuple(
+    Need(
+        (key,),
+        lambda c, methods=methods: c["rl"] in methods,  # type: ignore[misc]
+        "{key} goes with " + " or ".join(f"`rl: {name}`" for name in methods) + ": change rl, or leave {key} out.",
+    )
+    for key, methods in READ_BY.items()
 )
 
 # Pairs of keys that say the same thing in two ways, or opposite things.

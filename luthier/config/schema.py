@@ -1,4 +1,5 @@
-"""Every key that a config may have, in sections; the keys about data are in `datasets`.
+"""Every key that a config may have, in sections; the keys about data are in `datasets`, those about
+preferences in `preference`.
 
 Users write the keys flat, with the names that Axolotl made common; functions take the section that they need
 (`config.training`). The string under a field is its help: JSON Schema, `luthier train --help` and the
@@ -16,6 +17,7 @@ from pydantic.fields import FieldInfo
 from luthier.config.base import Section
 from luthier.config.datasets import DataConfig
 from luthier.config.optimizers import OptimizerName
+from luthier.config.preference import PreferenceConfig
 
 Switch = bool | Literal["auto"] | None
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
@@ -339,6 +341,8 @@ class Sections(BaseModel):
     """Precision and memory"""
     training: TrainingConfig
     """Training"""
+    preference: PreferenceConfig
+    """Preference tuning"""
     evaluation: EvaluationConfig
     """Evaluation and samples"""
     output: OutputConfig

@@ -60,6 +60,12 @@ class TokenDataset:
         """Tokens of each document."""
         self.trained: npt.NDArray[np.int64] = np.ascontiguousarray(documents["trained"])[self._indices]
         """Trained tokens of each document."""
+        self.prompts: npt.NDArray[np.int64] = np.ascontiguousarray(documents["prompt"])[self._indices]
+        """Tokens of the prompt, where a document is answers to one: each of its parts begins with them."""
+        self.chosen: npt.NDArray[np.int64] = np.ascontiguousarray(documents["chosen"])[self._indices]
+        """Trained tokens of the chosen answer, the first of a pair's two parts."""
+        self.desirable: npt.NDArray[np.int64] = np.ascontiguousarray(documents["desirable"])[self._indices]
+        """0 where an answer is labelled undesirable, else 1."""
 
     def __len__(self) -> int:
         return len(self._indices)

@@ -51,7 +51,10 @@ DOCUMENT = np.dtype(
         ("row", np.int64),  # number of its row among all rows of the datasets
         ("file", np.int64),  # its row's place: file, and line or row in there
         ("line", np.int64),
-        ("parts", np.int64),  # documents that it holds: 1, unless its row was packed elsewhere
+        ("parts", np.int64),  # documents that it holds: 1, unless its row was packed elsewhere or is a pair of answers
+        ("prompt", np.int64),  # tokens of the prompt that its answers follow, at the beginning of each part; else 0
+        ("chosen", np.int64),  # labels of its first part, where it is a pair of answers, the chosen one first; else 0
+        ("desirable", np.int64),  # 0 for an answer that is labelled undesirable; else 1
         ("digest", np.uint64),
     ]
 )
@@ -198,7 +201,7 @@ class _Builder:
         file = self.files.setdefault(name, len(self.files))
         self.ids.append(ids)
         self.labels.append(labels)
-        self.documents.append((len(ids), trained, number, file, int(line), len(lengths), digest))
+        self.documents.append((len(ids), trained, number, file, int(line), len(lengths), 0, 0, 1, digest))
         self.parts += lengths
 
     def done(self) -> Chunk:

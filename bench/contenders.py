@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bench.rows import TASKS
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -13,6 +15,7 @@ class Contender:
         environment: of `environments.py`. module: of `bench/peers/`. variant: given to it with the job.
         checkpoint: the module that makes the model folder in this one's own format, once, outside of all timing.
         families: the models that it knows, of those that `shapes.py` has.
+        tasks: that it takes part in.
         by_name: runs only where `--only` names it: it saves memory by other means than the rest, or on other weights.
     """
 
@@ -22,17 +25,22 @@ class Contender:
     variant: str = "default"
     checkpoint: str | None = None
     families: tuple[str, ...] = ("llama", "qwen3")
+    tasks: tuple[str, ...] = ("sft",)
     by_name: bool = False
 
+
+_REFERENCE = ("dpo", "kto")
 
 CONTENDERS = {
     contender.name: contender
     for contender in (
-        Contender("luthier", "luthier", "luthier"),
-        Contender("luthier-lean", "luthier", "luthier", "lean", by_name=True),
+        Contender("luthier", "luthier", "luthier", tasks=TASKS),
+        Contender("luthier-lean", "luthier", "luthier", "lean", tasks=TASKS, by_name=True),
+        Contender("luthier-precomputed", "luthier", "luthier", "precomputed", tasks=_REFERENCE, by_name=True),
         Contender("luthier-qlora", "luthier", "luthier", "qlora", by_name=True),
-        Contender("trl", "trl", "trl"),
-        Contender("trl-tuned", "trl", "trl", "tuned"),
+        Contender("trl", "trl", "trl", tasks=TASKS),
+        Contender("trl-tuned", "trl", "trl", "tuned", tasks=TASKS),
+        Contender("trl-precomputed", "trl", "trl", "precomputed", tasks=_REFERENCE, by_name=True),
         Contender("trl-qlora", "trl", "trl", "qlora", by_name=True),
         Contender("unsloth", "unsloth", "unsloth"),
         Contender("axolotl", "axolotl", "axolotl"),

@@ -3,6 +3,7 @@
     python -m bench.cpu --setup all                      # environments of the contenders, once; minutes each
     python -m bench.cpu --shape 135m --rounds 3          # measure what is set up
     python -m bench.cpu --shape tiny --only luthier,trl  # some of them
+    python -m bench.cpu --task dpo --shape tiny          # preference tuning beside TRL's trainer
 
 Every contender trains in its own process and environment, from a cold start, and reports when each step ended
 and how many real tokens were in it. A round runs all of them once; ratios are taken within rounds. The result
@@ -23,9 +24,9 @@ from typing import Any
 
 from bench import environments, machine, process, table
 from bench.contenders import CONTENDERS, Contender
-from bench.figures import OURS, Run, speed
+from bench.figures import OURS, Run, kind, speed
 from bench.peers.common import Job
-from bench.rows import source_name
+from bench.rows import TASKS, source_name
 from bench.shapes import SHAPES
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -35,11 +36,11 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.cpu", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--task", choices=TASKS, default="sft", help="supervised, or a method of comparing answers")
     parser.add_argument(
         "--loss",
         choices=["whole", "answers"],
-        default="whole",
-        help="over prompt and answer, or the answer alone",
+        help="of sft: over prompt and answer (as it is unless said), or the answer alone",
     )
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps of each run, warm-up included")
     parser.add_argument("--warmup-steps", type=int, default=2, help="first steps that are not timed")
@@ -65,6 +66,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     unknown |= set(chosen.setup) - {"all", *environments.ENVIRONMENTS}
     if unknown:
         parser.error(f"no such contender: {', '.join(sorted(unknown))}")
+    if chosen.loss and chosen.task != "sft":
+        parser.error(f"--loss goes with `--task sft`: {chosen.task} has a loss of its own")
+    chosen.loss = chosen.loss or ("whole" if chosen.task == "sft" else None)
     if chosen.steps <= chosen.warmup_steps:
         parser.error("--steps must be more than --warmup-steps, or nothing is left to time")
     return chosen
@@ -77,12 +81,15 @@ def main(given: list[str] | None = None) -> int:
     if chosen.setup:
         return set_up(work, list(environments.ENVIRONMENTS) if "all" in chosen.setup else chosen.setup)
     pythons = found_pythons(chosen, work)
-    names = [name for name in chosen.only.split(",") if name] or [n for n, c in CONTENDERS.items() if not c.by_name]
+    names = [name for name in chosen.only.split(",") if name]
+    names = names or [n for n, c in CONTENDERS.items() if not c.by_name and chosen.task in c.tasks]
     family = SHAPES[chosen.shape].family
     contenders = []
     for contender in (CONTENDERS[name] for name in names):
         if family not in contender.families:
             say(f"skipped: {contender.name} has no {family} models")
+        elif chosen.task not in contender.tasks:
+            say(f"skipped: {contender.name} takes no part in {chosen.task}")
         elif contender.environment not in pythons:
             say(
                 f"skipped: {contender.name} is not set up; `python -m bench.cpu --setup {contender.environment}`"
@@ -160,7 +167,7 @@ class Benchmark:
             longest = max(longest, time.time() - round_began)
         return {
             "benchmark": "cpu",
-            "task": "sft",
+            "task": self.chosen.task,
             "shape": self.chosen.shape,
             "loss": self.chosen.loss,
             "date": datetime.now(UTC).isoformat(timespec="minutes"),
@@ -169,7 +176,7 @@ class Benchmark:
             "hardware": machine.hardware(),
             "model": asdict(SHAPES[self.chosen.shape]),
             "multiplied_parameters": SHAPES[self.chosen.shape].multiplied_parameters(),
-            "rows": {"source": source_name(), "count": len(lengths), "tokens": sum(lengths)},
+            "rows": {"source": source_name(self.chosen.task), "count": len(lengths), "tokens": sum(lengths)},
             "recipe": self._recipe(job),
             "rounds_asked": self.chosen.rounds,
             "ended_early": ended_early,
@@ -186,10 +193,11 @@ class Benchmark:
             steps=self.chosen.steps,
             whole=self.chosen.loss == "whole",
             variant=variant,
+            task=self.chosen.task,
         )
 
     def _recipe(self, job: Job) -> dict[str, Any]:
-        places = ("model", "rows", "scratch", "result", "variant")
+        places = ("model", "rows", "scratch", "result", "variant", "task")
         kept = {name: value for name, value in asdict(job).items() if name not in places}
         return kept | {"warmup_steps": self.chosen.warmup_steps}
 
@@ -198,7 +206,7 @@ class Benchmark:
         self.model.parent.mkdir(parents=True, exist_ok=True)
         report, log = self.run_folder / "prepared.json", self.run_folder / "prepare.log"
         count = job.steps * job.micro_batch_size * job.gradient_accumulation_steps
-        given = [self.chosen.shape, count, job.sequence_len, self.model, self.rows, report]
+        given = [self.chosen.shape, job.task, count, job.sequence_len, self.model, self.rows, report]
         self._own("bench.prepare", [str(value) for value in given], log)
         lengths: list[int] = json.loads(report.read_text(encoding="utf-8"))["lengths"]
         return lengths
@@ -263,7 +271,8 @@ class Benchmark:
     def _command(self) -> str:
         """The command that measures this again, without the folders of this machine."""
         chosen = self.chosen
-        parts = [f"python -m bench.cpu --shape {chosen.shape} --loss {chosen.loss} --steps {chosen.steps}"]
+        task = f"--loss {chosen.loss}" if chosen.task == "sft" else f"--task {chosen.task}"
+        parts = [f"python -m bench.cpu --shape {chosen.shape} {task} --steps {chosen.steps}"]
         parts += [f"--warmup-steps {chosen.warmup_steps} --rounds {chosen.rounds}"]
         parts += [f"--only {chosen.only}"] if chosen.only else []
         parts += [f"--budget-minutes {chosen.budget_minutes:g}"] if chosen.budget_minutes else []
@@ -273,7 +282,7 @@ class Benchmark:
 def save(result: dict[str, Any], folder: Path) -> Path:
     """Write a result under the name of its day, with a number behind it if that one is taken."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"cpu-{result['shape']}-{result['loss']}-{result['date'][:10]}"
+    name = f"cpu-{result['shape']}-{kind(result)}-{result['date'][:10]}"
     path, number = folder / f"{name}.json", 1
     while path.exists():
         number += 1

@@ -7,11 +7,16 @@ the ratio of medians.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 OURS = "luthier"
+
+# Forward passes beside the one that is trained through: the reference's; of KTO's mismatched answers, which are about
+# as long as the rows, one of each model.
+FORWARDS = {"sft": 0, "orpo": 0, "dpo": 1, "kto": 3}
 
 Run = dict[str, Any]
 # contender -> its run, for each round
@@ -44,6 +49,11 @@ class Figures:
     note: str
 
 
+def kind(result: dict[str, Any]) -> str:
+    """What a result measured, beside its shape: the loss of supervised fine-tuning, or another task."""
+    return str(result["loss"] if result["task"] == "sft" else result["task"])
+
+
 def speed(run: Run, warmup: int) -> float:
     """Real tokens per second over the steps after the first `warmup` ones."""
     steps = run["steps"][warmup:]
@@ -52,6 +62,27 @@ def speed(run: Run, warmup: int) -> float:
             f"of {len(run['steps'])} steps {warmup} are for warming up: nothing is left to measure"
         )
     return float(sum(step["tokens"] for step in steps) / sum(step["seconds"] for step in steps))
+
+
+def speed_by_work(run: Run, warmup: int) -> float | None:
+    """Real tokens per CPU second over the same steps; None where the work of one is not known, as of the first."""
+    steps = run["steps"][warmup:]
+    if any("cpu_seconds" not in step for step in steps):
+        return None
+    return float(sum(step["tokens"] for step in steps) / sum(step["cpu_seconds"] for step in steps))
+
+
+def ratios_by_work(result: dict[str, Any]) -> dict[str, float]:
+    """How many times the tokens of the others Luthier trains in a CPU second: by contender, the median of the rounds.
+    Other programs slow it down, but take none of it."""
+    warmup, found = result["recipe"]["warmup_steps"], defaultdict(list)
+    for entry in result["rounds"]:
+        speeds = {name: speed_by_work(run, warmup) for name, run in entry["runs"].items()}
+        ours = speeds.pop(OURS, None)
+        for name, theirs in speeds.items():
+            if ours and theirs:
+                found[name].append(ours / theirs)
+    return {name: median(ratios) for name, ratios in found.items()}
 
 
 def loss_differences(ours: Run, theirs: Run) -> list[float]:
@@ -82,7 +113,9 @@ def _line(name: str, rounds: Rounds, peaks: list[float], result: dict[str, Any])
     speeds = [speed(run, warmup) for _, _, run in mine]
     both = [(runs[OURS], run) for runs, _, run in mine if OURS in runs]
     ratios = [speed(ours, warmup) / speed(run, warmup) for ours, run in both]
-    shares = [4 * parameters * value / peak for value, (_, peak, _) in zip(speeds, mine, strict=True)]
+    # For each token: forward 2, backward through frozen weights 2.
+    flops = (4 + 2 * FORWARDS[result["task"]]) * parameters
+    shares = [flops * value / peak for value, (_, peak, _) in zip(speeds, mine, strict=True)]
     differences = [found for ours, run in both if (found := loss_differences(ours, run))]
     last = mine[-1][2]
     return Figures(

@@ -172,6 +172,7 @@ def _batch(vocabulary: int, tokens: int, length: int, device: torch.device) -> A
         lengths=(length,) * count,
         parents=(-1,) * count,
         cu_seqlens=torch.arange(0, tokens + 1, length, dtype=torch.int32, device=device),
+        drawn=(length,) * count,
         seeds=tuple(range(count)),
         position_N=torch.arange(tokens, device=device),
         target_N=torch.randint(0, vocabulary, (tokens,), device=device),

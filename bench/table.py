@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.environments import ROOT
-from bench.figures import Figures, figures
+from bench.figures import Figures, figures, kind, ratios_by_work
 from bench.gpu import table as gpu_table
 
 RESULTS, PAGE = ROOT / "bench" / "results", ROOT / "docs" / "benchmarks.md"
@@ -19,6 +19,14 @@ BUSY = 0.1  # of the machine; from there on a table says so
 HEADER = [
     "contender", "version", "real tokens/s", "Luthier is", "of peak", "memory GiB", "s to 1st step", "loss differs"
 ]  # fmt: skip
+
+KINDS = {
+    "whole": "loss on prompt and answer",
+    "answers": "loss on the answer only",
+    "dpo": "DPO",
+    "orpo": "ORPO",
+    "kto": "KTO",
+}
 
 INTRODUCTION = """# Benchmarks
 
@@ -38,11 +46,17 @@ a process and an environment of its own, from cold caches, one after the other, 
 - *Of peak*: 4 x multiplied parameters (all linear maps and the head; no embedding) x real tokens/s, over the
   fastest fp32 matrix multiply at this model's shapes in the same round. Four, since a frozen weight is multiplied
   with twice for each token and a multiply-add counts as two. Work that is saved (a head that sees only labelled
-  positions, a shared prefix) counts as if it had been done.
+  positions, a shared prefix) counts as if it had been done. DPO has 6, with the reference's forward pass, KTO 10,
+  with those of its mismatched answers.
 - *Memory*: the most that the process had resident, code and weights included.
 - *s to 1st step*: from the command to the end of the first optimizer step.
 - *Loss differs*: from Luthier's, at the first step and at most. Before the first step every adapter is zero, so
   only another way of taking the mean shows there; later the adapters' random beginnings do, too.
+
+In preference tuning (DPO, ORPO, KTO; beta 0.1) the tokens of a pair are those of prompt and chosen answer and those
+of prompt and rejected answer, for everybody: the prompt counts twice, and whoever computes it once has saved work.
+KTO's rows are single answers, and the mismatched ones that it makes of them are not counted. Before its first step
+DPO's loss is log 2 whatever the data are; the difference at most is what tells.
 """
 
 
@@ -87,6 +101,9 @@ def notes(result: dict[str, Any]) -> list[str]:
     others = max((run.get("cpu_taken_by_others") or 0 for run in runs), default=0)
     if others > BUSY:
         lines.append(f"the machine was not quiet: other programs took up to {others:.0%} of it during a run")
+        if ratios := ratios_by_work(result):
+            told = ", ".join(f"{ratio:.2f}x of {name}" for name, ratio in ratios.items())
+            lines.append(f"in tokens per CPU second, of which others take none, Luthier is {told}")
     return lines + [f"{name} failed: {reason}" for name, reason in result["failures"].items()]
 
 
@@ -97,7 +114,7 @@ def as_text(result: dict[str, Any]) -> str:
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
-    title = f"{result['shape']}, loss on {_loss(result)}. {caption(result)}"
+    title = f"{result['shape']}, {KINDS[kind(result)]}. {caption(result)}"
     return "\n".join([title, "", *lines, *(["", *notes(result)] if notes(result) else [])])
 
 
@@ -105,7 +122,7 @@ def as_markdown(result: dict[str, Any]) -> str:
     """The table for the page."""
     rows = [HEADER, ["---"] * len(HEADER), *map(cells, figures(result))]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    parts = [f"### {result['shape']}, loss on {_loss(result)}", caption(result), "\n".join(lines)]
+    parts = [f"### {result['shape']}, {KINDS[kind(result)]}", caption(result), "\n".join(lines)]
     if notes(result):
         parts.append("\n".join(f"- {line}" for line in notes(result)))
     return "\n\n".join([*parts, f"`{result['command']}`"])
@@ -115,7 +132,7 @@ def page(results: list[dict[str, Any]]) -> str:
     """The whole page: the newest result of each shape and loss."""
     newest: dict[tuple[str, str], dict[str, Any]] = {}
     for result in sorted(results, key=lambda result: result["date"]):
-        newest[result["shape"], result["loss"]] = result
+        newest[result["shape"], kind(result)] = result
     tables = [as_markdown(result) for _, result in sorted(newest.items())]
     gpu = gpu_table.section(gpu_table.load())
     return "\n".join([INTRODUCTION, HOW_TO_READ, "\n\n".join(tables), "", gpu])
@@ -124,10 +141,6 @@ def page(results: list[dict[str, Any]]) -> str:
 def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
     """The CPU results that are there."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("cpu-*.json"))]
-
-
-def _loss(result: dict[str, Any]) -> str:
-    return "prompt and answer" if result["loss"] == "whole" else "the answer only"
 
 
 if __name__ == "__main__":

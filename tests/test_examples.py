@@ -23,7 +23,7 @@ def test_an_example_is_a_config_and_says_how_it_is_run(path: Path) -> None:
 
 
 def test_there_are_examples() -> None:
-    assert len(EXAMPLES) >= 6
+    assert len(EXAMPLES) >= 11
 
 
 def test_the_rows_beside_the_chat_example_are_what_it_says() -> None:

@@ -46,8 +46,10 @@ OF_MODULE: dict[str, set[str]] = {
     "train.run": EVERYTHING - {"demo", "doctor", "export"},
     "train.finish": {"config", "plan"},
     "train.passes": {"config", "data", "models"},
+    "train.evaluators": {"config", "data", "evaluate", "generate", "models"},
+    "train.preferences": {"config", "data", "evaluate", "models", "objectives"},
 }
-OF_LOOP = {"train.metrics", "train.checkpoint"}
+OF_LOOP = {"train.metrics", "train.checkpoint", "train.protocols"}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
     python -m bench.gpu                              # check, then as many cases as nine minutes hold
     python -m bench.gpu --shapes 4b,0.6b --no-check  # some of them
+    python -m bench.gpu --task dpo                   # preference tuning, of those who have it
     python -m bench.gpu --wheels FOLDER              # install what that folder holds for the contenders first
     python -m bench.gpu --device cpu --shapes micro  # the whole path without a GPU, on nothing of a model
 
@@ -31,7 +32,7 @@ from bench.environments import ROOT
 from bench.gpu import check, prepare, table
 from bench.gpu.cases import CONTENDERS, GPU_SHAPES, WORKLOADS, Case, Contender
 from bench.gpu.clock import GpuJob
-from bench.rows import source_name
+from bench.rows import TASKS, source_name
 
 RESULTS = ROOT / "bench" / "results"
 CLOSING = 12  # seconds that are kept for the table, and for a child to go
@@ -46,7 +47,10 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--shapes", default="8b,0.6b,4b", metavar="A,B", help=f"of {', '.join(GPU_SHAPES)}; in this order"
     )
-    parser.add_argument("--workloads", default=",".join(WORKLOADS), metavar="A,B")
+    parser.add_argument("--task", choices=TASKS, default="sft", help="supervised, or a method of comparing answers")
+    parser.add_argument(
+        "--workloads", default="", metavar="A,B", help=f"of {', '.join(WORKLOADS)}; compared answers are not packed"
+    )
     parser.add_argument("--only", default="", metavar="A,B", help=f"of {', '.join(CONTENDERS)}")
     parser.add_argument("--rounds", type=int, default=1, help="how often everybody has a turn at a case")
     parser.add_argument("--seconds", type=float, default=6.0, help="of measured steps in a turn")
@@ -65,7 +69,10 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         if unknown := set(names) - set(known):
             parser.error(f"--{option}: there is no {', '.join(sorted(unknown))}")
         setattr(chosen, option, names)
-    chosen.only = chosen.only or list(CONTENDERS)
+    chosen.only = chosen.only or [name for name, who in CONTENDERS.items() if chosen.task in who.tasks]
+    if chosen.task != "sft" and "packed" in chosen.workloads:
+        parser.error(f"--workloads: the rows of {chosen.task} are not packed")
+    chosen.workloads = chosen.workloads or (list(WORKLOADS) if chosen.task == "sft" else ["recipe"])
     return chosen
 
 
@@ -107,11 +114,12 @@ class Benchmark:
         self.facts: dict[str, Any] = {}
         self.result: dict[str, Any] = {
             "benchmark": "gpu",
+            "task": chosen.task,
             "date": datetime.now(UTC).isoformat(timespec="minutes"),
             "commit": chosen.commit or machine.commit(),
             "command": self._command(),
             "hardware": machine.hardware() | {"torch": "unknown"},
-            "rows_source": source_name(),
+            "rows_source": source_name(chosen.task),
             "check": None,
             "cases": [],
             "skipped": {},
@@ -122,7 +130,8 @@ class Benchmark:
         """Everything that the budget holds; returns why there is nothing, if so."""
         if self.chosen.wheels and (problem := self._install()):
             return problem
-        names = [f"{shape}:{workload}" for shape in self.chosen.shapes for workload in self.chosen.workloads]
+        task = self.chosen.task
+        names = [f"{shape}:{work}:{task}" for shape in self.chosen.shapes for work in self.chosen.workloads]
         if problem := self._prepared("shared", self._vocabulary(), *names):
             return problem
         self.facts = json.loads((self.work / "facts.json").read_text(encoding="utf-8"))
@@ -162,7 +171,7 @@ class Benchmark:
         plain = "bf16" if self.chosen.device == "cuda" else "fp32"
         formats = [plain, "nf4"] if self.facts["knows_4bit"] else [plain]
         return [
-            Case(shape, workload, weights)
+            Case(shape, workload, weights, self.chosen.task)
             for shape in self.chosen.shapes
             for weights in formats
             for workload in self.chosen.workloads
@@ -173,8 +182,9 @@ class Benchmark:
         able = []
         for contender in (CONTENDERS[name] for name in self.chosen.only):
             missing = [name for name in contender.needs if name not in installed]
-            if missing:
-                self.result["skipped"][contender.name] = f"{', '.join(missing)} not installed"
+            if missing or self.chosen.task not in contender.tasks:
+                why_not = f"{', '.join(missing)} not installed" if missing else f"takes no part in {self.chosen.task}"
+                self.result["skipped"][contender.name] = why_not
                 say(f"skipped: {contender.name}: {self.result['skipped'][contender.name]}")
             else:
                 able.append(contender)
@@ -234,17 +244,19 @@ class Benchmark:
             say(f"{case.shape}: model and multiply peak are there, {self._left():.0f} s left")
         peak = self.work / f"peak-{case.shape}.json"
         path = prepare.rows_of(self.work, case).with_suffix(".lengths")
-        lengths = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        lengths = [length for row in rows for length in row]
         return {
             "name": case.name,
             "shape": case.shape,
             "workload": case.workload,
+            "task": case.task,
             "weights": case.weights,
             "what": case.work().what,
             "model": asdict(shape),
             "multiplied_parameters": shape.multiplied_parameters(),
             "rows": {
-                "count": len(lengths),
+                "count": len(rows),
                 "tokens": sum(lengths),
                 "squares": sum(length * length for length in lengths),
             },
@@ -265,6 +277,7 @@ class Benchmark:
             result=str(folder / "result.json"),
             steps=STEPS,
             variant=contender.variant,
+            task=case.task,
             micro_batch_size=work.micro_batch_size,
             gradient_accumulation_steps=work.gradient_accumulation_steps,
             sequence_len=work.sequence_len,
@@ -353,7 +366,8 @@ class Benchmark:
         """The command that measures this again."""
         chosen = self.chosen
         return (
-            f"python -m bench.gpu --shapes {','.join(chosen.shapes)} --workloads {','.join(chosen.workloads)} "
+            f"python -m bench.gpu{'' if chosen.task == 'sft' else f' --task {chosen.task}'} "
+            f"--shapes {','.join(chosen.shapes)} --workloads {','.join(chosen.workloads)} "
             f"--only {','.join(chosen.only)} --rounds {chosen.rounds} --seconds {chosen.seconds:g} "
             f"--budget-minutes {chosen.budget_minutes:g}"
         )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from bench.rows import TASKS
 from bench.shapes import SHAPES, Shape
 
 GPU_SHAPES = {
@@ -54,7 +55,7 @@ class Contender:
 
     Attributes:
         module: run with a job. variant: given to it with the job. needs: packages without which it is skipped.
-        workloads: that it takes part in.
+        workloads, tasks: that it takes part in.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Contender:
     variant: str
     needs: tuple[str, ...] = ()
     workloads: tuple[str, ...] = ("recipe", "packed")
+    tasks: tuple[str, ...] = ("sft",)
 
 
 _TRL = ("trl", "peft", "datasets")
@@ -69,29 +71,35 @@ _TRL = ("trl", "peft", "datasets")
 CONTENDERS = {
     contender.name: contender
     for contender in (
-        Contender("luthier", "bench.gpu.peer_luthier", "default", ("pydantic", "datasets")),
+        Contender("luthier", "bench.gpu.peer_luthier", "default", ("pydantic", "datasets"), tasks=TASKS),
         # As its notebooks have it; for packs that and `packing=True`.
         Contender("unsloth", "bench.gpu.peer_unsloth", "default", ("unsloth", *_TRL)),
         # Without recomputation.
         Contender("unsloth-tuned", "bench.gpu.peer_unsloth", "tuned", ("unsloth", *_TRL)),
-        # Defaults of SFTConfig, but for a model in bf16.
-        Contender("trl", "bench.gpu.peer_trl", "default", _TRL, ("recipe",)),
-        Contender("trl-liger", "bench.gpu.peer_trl", "liger", (*_TRL, "liger_kernel")),
+        # Defaults of its config, but for a model in bf16.
+        Contender("trl", "bench.gpu.peer_trl", "default", _TRL, ("recipe",), TASKS),
+        Contender("trl-liger", "bench.gpu.peer_trl", "liger", (*_TRL, "liger_kernel"), tasks=TASKS),
+        # Without recomputation; of the tasks whose rows nobody packs.
+        Contender("trl-tuned", "bench.gpu.peer_trl", "tuned", _TRL, ("recipe",), TASKS[1:]),
     )
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model's shape under a workload; `weights` is bf16, fp32 on a CPU, or nf4."""
+    """A model's shape under a workload; `weights` is bf16, fp32 on a CPU, or nf4; `task` one of `bench.rows`."""
 
     shape: str
     workload: str
     weights: str
+    task: str = "sft"
 
     @property
     def name(self) -> str:
-        return f"{self.shape} {self.workload} {self.weights}"
+        task = "" if self.task == "sft" else f" {self.task}"
+        return f"{self.shape} {self.workload} {self.weights}{task}"
 
     def work(self) -> Workload:
-        return (MICRO_WORKLOADS if self.shape == "micro" else WORKLOADS)[self.workload]
+        """Of the task; where two answers are compared, batches are of pairs of at most 1,024 tokens an answer."""
+        work = (MICRO_WORKLOADS if self.shape == "micro" else WORKLOADS)[self.workload]
+        return work if self.task == "sft" else replace(work, sequence_len=min(1024, work.sequence_len))

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.peers.common import Job, peak_memory_gib, version_of
+from bench.peers.common import Job, peak_memory_gib, real_tokens, version_of
 
 WARMUP, PROBE, FEWEST = 4, 2, 3  # steps
 LOGGED_EVERY = 5  # steps; everybody reads its loss this often, which waits for the device
@@ -139,9 +139,7 @@ def watch(trainer: Any, clock: GpuClock) -> None:
     clock.stop = lambda: over.append(True)
 
     def training_step(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        mask = inputs.get("attention_mask")
-        padded = mask is not None and mask.dim() == 2
-        clock.count(mask.sum() if padded else inputs["input_ids"].numel())
+        clock.count(real_tokens(inputs))
         return inner(model, inputs, *args, **kwargs)
 
     class Watch(TrainerCallback):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""TRL + PEFT: the recipe and SFTConfig's defaults, or those with Liger's kernels; the model is in bf16."""
+"""TRL + PEFT: the recipe and its config's defaults, those with Liger's kernels, or `tuned`; the model is in bf16."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import sys
 from typing import Any
 
 from bench.gpu.clock import LOGGED_EVERY, GpuClock, GpuJob, watch
-from bench.peers.trl import dataset_of, settings_of
+from bench.peers.trl import settings_of, trainer_of, tuned
 
 
 def trainer_settings(job: GpuJob) -> dict[str, Any]:
-    """For SFTConfig."""
-    settings = settings_of(job) | {"logging_steps": LOGGED_EVERY, "packing": job.packing}
+    """For the config of the task's trainer."""
+    settings = settings_of(job) | {"logging_steps": LOGGED_EVERY}
+    if job.task == "sft":
+        settings["packing"] = job.packing
     if job.device == "cuda":
         settings |= {"bf16": True, "use_cpu": False}
     return settings
@@ -22,7 +24,6 @@ def main() -> None:
     assert isinstance(job, GpuJob)
     import torch
     from peft import LoraConfig
-    from trl import SFTConfig, SFTTrainer
 
     settings = trainer_settings(job)
     dtype = torch.float32 if job.weights == "fp32" else torch.bfloat16
@@ -37,6 +38,8 @@ def main() -> None:
             bnb_4bit_compute_dtype=dtype,
         )
     settings |= {"use_liger_kernel": job.variant == "liger", "model_init_kwargs": loading}
+    if job.variant == "tuned":
+        settings |= tuned(job)
     lora = LoraConfig(
         r=job.lora_r,
         lora_alpha=job.lora_alpha,
@@ -44,9 +47,7 @@ def main() -> None:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    trainer = SFTTrainer(
-        model=job.model, args=SFTConfig(**settings), train_dataset=dataset_of(job), peft_config=lora
-    )
+    trainer = trainer_of(job, settings, model=job.model, peft_config=lora)
     attention = trainer.model.config._attn_implementation
     clock = GpuClock(job, note=f"attention: {attention}")
     watch(trainer, clock)

@@ -3,7 +3,7 @@
     python -m bench.gpu.prepare shared DEVICE FOLDER VOCABULARY CASE...
     python -m bench.gpu.prepare model DEVICE FOLDER SHAPE MODEL_FOLDER
 
-A case is SHAPE:WORKLOAD. The weights are drawn on the GPU in bf16, so that 8B of them take seconds, and written
+A case is SHAPE:WORKLOAD:TASK. The weights are drawn on the GPU in bf16, so that 8B of them take seconds, and written
 as a checkpoint's files: everybody loads them as any other model's.
 """
 
@@ -59,17 +59,16 @@ def _present(name: str) -> set[str]:
     return {name} if importlib.util.find_spec(name) is not None else set()
 
 
-def write_rows(tokenizer_folder: Path, count: int, limit: int, rows_file: Path) -> list[int]:
-    """The first rows of fewer than `limit` tokens; returns their lengths, the end of each counted in."""
+def write_rows(tokenizer_folder: Path, task: str, count: int, limit: int, rows_file: Path) -> list[list[int]]:
+    """The first rows whose texts have fewer than `limit` tokens; returns each one's lengths, their ends counted in."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    found = list(islice(rows.all_rows(), count + count // 4))
-    lengths = [
-        len(ids) + 1
-        for ids in tokenizer([row["text"] for row in found], add_special_tokens=False)["input_ids"]
-    ]
-    kept = [(row, length) for row, length in zip(found, lengths, strict=True) if length < limit][:count]
+    found = list(islice(rows.all_rows(task), count + count // 4))
+    texts = [text for row in found for text in rows.texts(row)]
+    each = iter(len(ids) + 1 for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
+    lengths = [list(islice(each, len(rows.texts(row)))) for row in found]
+    kept = [(row, length) for row, length in zip(found, lengths, strict=True) if max(length) < limit][:count]
     with rows_file.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row, _ in kept)
     return [length for _, length in kept]
@@ -142,17 +141,19 @@ def shared(device: str, folder: Path, vocabulary: int, *cases: str) -> None:
     if device == "cuda" and not found["gpu"]:
         return
     write_tokenizer(folder / "tokenizer", vocabulary)
-    for case in (Case(*name.split(":"), "") for name in cases):
+    for shape, workload, task in (name.split(":") for name in cases):
+        case = Case(shape, workload, "", task)
         rows_file, work = rows_of(folder, case), case.work()
         if not rows_file.exists():
-            lengths = write_rows(folder / "tokenizer", work.rows, work.sequence_len, rows_file)
+            lengths = write_rows(folder / "tokenizer", task, work.rows, work.sequence_len, rows_file)
             rows_file.with_suffix(".lengths").write_text(json.dumps(lengths), encoding="utf-8")
 
 
 def rows_of(folder: Path, case: Case) -> Path:
-    """Where the rows of a case are; their lengths are beside them, in `.lengths`."""
+    """Where the rows of a case are; their texts' lengths are beside them, in `.lengths`."""
     size = "micro-" if case.shape == "micro" else ""
-    return folder / f"rows-{size}{case.workload}.jsonl"
+    task = "" if case.task == "sft" else f"{case.task}-"
+    return folder / f"rows-{size}{task}{case.workload}.jsonl"
 
 
 def model(device: str, folder: Path, shape: str, model_folder: Path) -> None:

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from bench.environments import ROOT
-from bench.figures import OURS
+from bench.figures import FORWARDS, OURS
 
 RESULTS = ROOT / "bench" / "results"
 
@@ -29,10 +29,14 @@ from cold caches, one after the other. *recipe* is batches of 2 rows with 4 accu
 - *Of peak*: (4 x multiplied parameters + 6 x layers x query width x mean squared length / mean length) x real
   tokens/s, over the fastest bf16 multiply at this model's shapes in the same run. Four, since a frozen weight is
   multiplied with twice for each token and a multiply-add counts as two; the second term is causal attention,
-  forward and backward. Recomputation, padding and the adapters themselves count as nothing.
+  forward and backward. Recomputation, padding and the adapters themselves count as nothing. DPO has 6 and 8, with
+  the reference's forward pass, KTO 10 and 12, with those of its mismatched answers.
 - *Tensors*, *taken*: the most memory that tensors held, and that was taken from the GPU for them.
 - *s to 1st step*: from the command to the end of the first optimizer step, loading of the weights included.
 - *Loss at step 5*: the mean of the first five steps. Packed rows differ between contenders.
+
+With `--task dpo` (or orpo, kto) batches are 2 pairs of at most 1,024 tokens an answer; a pair's tokens are those of the
+prompt with the one answer and with the other, for everybody.
 
 It runs its checks first (the kernels against plain torch on the GPU, and whole runs), and skips who is not
 installed. Where nothing can be downloaded, `python -m bench.gpu.wheels FOLDER` on another machine collects what
@@ -43,8 +47,10 @@ is missing beside torch and transformers, and `python -m bench.gpu --wheels FOLD
 def training_flops(case: dict[str, Any]) -> float:
     """FLOPs that LoRA training needs for a token of a case, on average."""
     model, lengths = case["model"], case["rows"]
-    attention = 6 * model["num_hidden_layers"] * model["num_attention_heads"] * model["head_dim"]
-    return float(4 * case["multiplied_parameters"] + attention * lengths["squares"] / lengths["tokens"])
+    width = model["num_hidden_layers"] * model["num_attention_heads"] * model["head_dim"]
+    attention = width * lengths["squares"] / lengths["tokens"]
+    more = 2 * FORWARDS[case["task"]]
+    return float((4 + more) * case["multiplied_parameters"] + (6 + more) * attention)
 
 
 def lines(case: dict[str, Any]) -> list[list[str]]:

@@ -17,6 +17,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+# Of a batch. TRL's ORPO has the two answers of its pairs apart.
+MASKS = ("attention_mask", "chosen_attention_mask", "rejected_attention_mask")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -24,7 +27,8 @@ class Job:
 
     Attributes:
         model, rows, scratch, result: a model folder, a JSONL, a folder to write to, the file to report in.
-        whole: the loss is over prompt and answer; else over the answer alone. variant: of this contender.
+        whole: the loss is over prompt and answer; else over the answer alone; of the task `sft` only.
+        variant: of this contender. task: of `bench.rows`, which says what the rows hold.
     """
 
     model: str
@@ -34,6 +38,7 @@ class Job:
     steps: int
     whole: bool = True
     variant: str = "default"
+    task: str = "sft"
     micro_batch_size: int = 2
     gradient_accumulation_steps: int = 4
     sequence_len: int = 1024
@@ -51,8 +56,8 @@ class Job:
         """Write the job for the contender's process."""
         path.write_text(json.dumps(asdict(self)), encoding="utf-8")
 
-    def read_rows(self) -> list[dict[str, str]]:
-        """The rows, each with instruction, input, output, prompt and text."""
+    def read_rows(self) -> list[dict[str, Any]]:
+        """The rows, with the fields of the task."""
         with open(self.rows, encoding="utf-8", newline="\n") as file:
             return [json.loads(line) for line in file]
 
@@ -69,12 +74,14 @@ class Clock:
     Attributes:
         tokens: real tokens of the step that is going on; no padding.
         note: what a reader of the table must know of this contender.
+        worked: CPU seconds of the process at the end of each step, all threads together.
     """
 
     tokens: int = 0
     note: str = ""
     began: float | None = None
     ends: list[float] = field(default_factory=list)
+    worked: list[float] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     losses: list[float | None] = field(default_factory=list)
 
@@ -82,9 +89,16 @@ class Clock:
         """The first step begins now; later calls change nothing."""
         self.began = self.began or time.time()
 
-    def end(self, tokens: int | None = None, loss: float | None = None, at: float | None = None) -> None:
-        """A step ends now, or ended at `at`."""
+    def end(
+        self,
+        tokens: int | None = None,
+        loss: float | None = None,
+        at: float | None = None,
+        worked: float | None = None,
+    ) -> None:
+        """A step ends now, or ended at `at`, when the process had `worked` for so many CPU seconds."""
         self.ends.append(at or time.time())
+        self.worked.append(time.process_time() if worked is None else worked)
         self.counts.append(self.tokens if tokens is None else tokens)
         self.losses.append(loss)
         self.tokens = 0
@@ -97,10 +111,12 @@ class Clock:
     def report(self, job: Job, packages: Sequence[str]) -> None:
         """Write the result; the first of `packages` is the contender itself."""
         starts = [self.began, *self.ends]
-        steps = [
+        steps: list[dict[str, Any]] = [
             {"tokens": tokens, "seconds": None if start is None else end - start, "loss": loss}
             for tokens, start, end, loss in zip(self.counts, starts, self.ends, self.losses, strict=False)
         ]
+        for step, before, after in zip(steps[1:], self.worked, self.worked[1:], strict=False):
+            step["cpu_seconds"] = after - before
         result = {
             "steps": steps,
             "first_step_began": self.began,
@@ -126,12 +142,13 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
-def real_tokens(inputs: dict[str, Any]) -> int:
-    """Tokens of a padded or a flat batch that are no padding."""
-    mask = inputs.get("attention_mask")
-    if mask is not None and mask.dim() == 2:
-        return int(mask.sum())
-    return int(inputs["input_ids"].numel())
+def real_tokens(inputs: dict[str, Any]) -> Any:
+    """Tokens of a padded or a flat batch that are no padding, as a number or as a tensor that nobody has waited for.
+
+    Both answers of a pair are counted, each with the prompt; KTO's mismatched ones, which its trainer makes, are not.
+    """
+    masks = [inputs[name] for name in MASKS if name in inputs and inputs[name].dim() == 2]
+    return sum(mask.sum() for mask in masks) if masks else inputs["input_ids"].numel()
 
 
 def watch_trainer(trainer: Any, clock: Clock) -> None:
@@ -141,7 +158,7 @@ def watch_trainer(trainer: Any, clock: Clock) -> None:
     inner = trainer.training_step
 
     def training_step(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        clock.tokens += real_tokens(inputs)
+        clock.tokens += int(real_tokens(inputs))
         return inner(model, inputs, *args, **kwargs)
 
     class Watch(TrainerCallback):  # type: ignore[misc]

@@ -13,32 +13,39 @@ from pathlib import Path
 
 from bench.peers.common import Clock, Job, job_of_command_line
 
-# Beside the recipe: recomputation as the neighbours have it on, and a base in 4 bits.
+# Beside the recipe: recomputation as the neighbours have it on, a base in 4 bits, the reference before the first step.
 VARIANTS: dict[str, dict[str, object]] = {
     "default": {},
     "lean": {"gradient_checkpointing": True},
     "qlora": {"adapter": "qlora"},
+    "precomputed": {"precompute_ref_log_probs": True},
 }
 NOTES = {
     "default": "",
     "lean": "gradient_checkpointing: true",
     "qlora": "the base in NF4 with double quantisation, so that its loss is another",
+    "precomputed": "the reference's log-probs are computed before the first step, in no figure but its time",
 }
 
 
 def config_of(job: Job) -> dict[str, object]:
     """The run as flat keys."""
-    verbatim = {
+    verbatim: dict[str, object] = {
         "field_instruction": "prompt",
         "field_output": "output",
         "format": "{instruction}",
         "no_input_format": "{instruction}",
         "field_input": "none",
     }
+    if job.task == "sft":
+        task: dict[str, object] = {"train_on_inputs": job.whole}
+        fields: dict[str, object] = {"type": verbatim}
+    else:
+        task, fields = {"rl": job.task}, {}
     recipe: dict[str, object] = {
         "base_model": job.model,
-        "datasets": [{"path": job.rows, "ds_type": "json", "type": verbatim}],
-        "train_on_inputs": job.whole,
+        "datasets": [{"path": job.rows, "ds_type": "json", **fields}],
+        **task,
         "output_dir": str(Path(job.scratch) / "out"),
         "adapter": "lora",
         "lora_r": job.lora_r,
@@ -69,14 +76,14 @@ class Tail(threading.Thread):
     def __init__(self, path: Path) -> None:
         super().__init__(daemon=True)
         self.path, self.done = path, threading.Event()
-        self.stamps: list[float] = []
+        self.stamps: list[tuple[float, float]] = []  # the time, and the process's CPU seconds
 
     def run(self) -> None:
         seen = 0
         while not self.done.wait(0.005):
             size = self.path.stat().st_size if self.path.exists() else 0
             if size > seen:
-                now, seen = time.time(), size
+                now, seen = (time.time(), time.process_time()), size
                 rows = self.path.read_text(encoding="utf-8").count("\n")
                 self.stamps += [now] * (rows - len(self.stamps))
 
@@ -98,9 +105,9 @@ def main() -> None:
 
     clock, before = Clock(note=NOTES[job.variant]), 0
     rows = [row for row in map(json.loads, metrics.read_text(encoding="utf-8").splitlines()) if "loss" in row]
-    clock.began = tail.stamps[0] - rows[0]["seconds"]
-    for row, stamp in zip(rows, tail.stamps, strict=True):
-        clock.end(tokens=row["tokens"] - before, loss=row["loss"], at=stamp)
+    clock.began = tail.stamps[0][0] - rows[0]["seconds"]
+    for row, (at, worked) in zip(rows, tail.stamps, strict=True):
+        clock.end(tokens=row["tokens"] - before, loss=row["loss"], at=at, worked=worked)
         before = row["tokens"]
     clock.report(job, ["luthier", "torch", "transformers"])
 

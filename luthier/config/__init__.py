@@ -1,6 +1,6 @@
 """The config: its keys, how it is read, and what it says of itself."""
 
-from luthier.config.datasets import DataConfig, DatasetEntry, UserPrompt
+from luthier.config.datasets import DataConfig, DatasetEntry, UserPreference, UserPrompt
 from luthier.config.load import Config
 from luthier.config.schema import (
     AdapterConfig,
@@ -27,5 +27,6 @@ __all__ = [
     "PrecisionConfig",
     "SpecialTokens",
     "TrainingConfig",
+    "UserPreference",
     "UserPrompt",
 ]

@@ -13,11 +13,20 @@ from luthier.config.base import Section
 
 PROMPT_TYPES = ("alpaca", "alpaca_chat.load_qa")
 TYPES = (*PROMPT_TYPES, "chat_template", "completion", "input_output")
-"""The named types of rows; besides them a mapping (a prompt of one's own), or none for rows that are tokens
-already."""
+"""The named types of rows for fine-tuning; besides them a mapping (a prompt of one's own), or none for rows that
+are tokens already."""
+TURNS_TYPES = ("default", "argilla", "argilla_chat", "icr", "intel", "prompt_pairs", "ultra")
+PREFERENCE_NAMES = (
+    *(f"chat_template.{name}" for name in ("default", "argilla", "argilla_chat")),
+    *(f"{style}.{name}" for style in ("chatml", "llama3") for name in TURNS_TYPES),
+    "zephyr.nectar",
+    "user_defined.default",
+    "passthrough.default",
+)
+"""The named types of rows for preference runs, which `preference_types` describes."""
 
 # Checked in `entries`, whose message says more than that the text is none of these.
-NamedType = Annotated[str, Field(json_schema_extra={"enum": list(TYPES)})]
+NamedType = Annotated[str, Field(json_schema_extra={"enum": [*TYPES, *PREFERENCE_NAMES]})]
 TrainOnEos = Literal["turn", "last", "all"]
 
 
@@ -44,6 +53,32 @@ class UserPrompt(Section):
     """Column of the whole text, for rows that are plain text; goes without `format`."""
 
 
+class UserPreference(Section):
+    """A format of your own for prompts and answers of a preference run, written in place of a type's name."""
+
+    field_prompt: str | None = None
+    """Column of the prompt. Default: `prompt`."""
+    field_system: str | None = None
+    """Column of the system text. Default: `system`."""
+    field_chosen: str | None = None
+    """Column of the chosen answer. Default: `chosen`."""
+    field_rejected: str | None = None
+    """Column of the rejected answer. Default: `rejected`."""
+    field_completion: str | None = None
+    """Column of the answer, for `rl: kto`. Default: `completion`."""
+    field_label: str | None = None
+    """Column that says whether the answer is desirable, for `rl: kto`. Default: `label`."""
+    prompt_format: str | None = None
+    """The prompt, with `{prompt}` in it, and `{system}` if it belongs there (empty where a row has none). Default:
+    the prompt alone."""
+    chosen_format: str | None = None
+    """The chosen answer, with `{chosen}` in it. Default: the answer alone."""
+    rejected_format: str | None = None
+    """The rejected answer, with `{rejected}` in it. Default: the answer alone."""
+    completion_format: str | None = None
+    """The answer, with `{completion}` in it, for `rl: kto`. Default: the answer alone."""
+
+
 class DatasetEntry(Section):
     """One dataset: where it is, what its rows look like, and which of their tokens are trained."""
 
@@ -60,9 +95,11 @@ class DatasetEntry(Section):
     """Which files of the folder or hub dataset are read. Default: all of them."""
     ds_type: Literal["json", "csv", "parquet", "arrow"] | None = None
     """File format, where the file names do not say it. `json` stands for jsonl too."""
-    type: NamedType | UserPrompt | None = None
+    type: NamedType | UserPrompt | UserPreference | None = None
     """What a row is: `alpaca`, `alpaca_chat.load_qa`, `chat_template`, `completion`, `input_output`, or a
-    mapping that describes your own prompt. Unset: rows are tokens already (`input_ids` and `labels`)."""
+    mapping that describes your own prompt. Unset: rows are tokens already (`input_ids` and `labels`). With `rl`:
+    `chat_template.default`, `chatml.intel` and others (see the page on data formats), or a mapping; unset: `prompt`,
+    `chosen` and `rejected`, or for `kto` `prompt`, `completion` and `label`."""
     field: str | None = None
     """Column of the text, for `completion`. Default: `text`."""
     field_instruction: str | None = None
@@ -74,12 +111,34 @@ class DatasetEntry(Section):
     field_system: str | None = None
     """Column of the system text. Default: `system`."""
     field_messages: str | None = None
-    """Column of the messages, for `chat_template`. Default: `messages`, or `conversations` where that is
-    there instead."""
+    """Column of the messages, for `chat_template` and `chat_template.default`. Default: `messages`, or
+    `conversations` where that is there instead."""
+    field_prompt: str | None = None
+    """Column of the prompt, with `rl`. Default: the type's."""
+    field_chosen: str | None = None
+    """Column of the chosen answer, with `rl`. Default: the type's."""
+    field_rejected: str | None = None
+    """Column of the rejected answer, with `rl`. Default: the type's."""
+    field_completion: str | None = None
+    """Column of the answer, with `rl: kto`. Default: `completion`."""
+    field_label: str | None = None
+    """Column that says whether the answer is desirable, with `rl: kto`. Default: `label`."""
+    prompt_format: str | None = None
+    """For `user_defined.default`; see the format of your own for preference runs."""
+    chosen_format: str | None = None
+    """For `user_defined.default`; see the format of your own for preference runs."""
+    rejected_format: str | None = None
+    """For `user_defined.default`; see the format of your own for preference runs."""
+    completion_format: str | None = None
+    """For `user_defined.default` with `rl: kto`; see the format of your own for preference runs."""
     field_tools: str | None = None
     """Column of the tool descriptions, for `chat_template`. Default: `tools`."""
     message_property_mappings: dict[str, str] = {}
     """What the parts of a message are called in this dataset, such as `role: from` and `content: value`."""
+    message_field_role: str | None = None
+    """The same for the role alone."""
+    message_field_content: str | None = None
+    """The same for the content alone."""
     roles: dict[str, list[str]] = {}
     """Role names of the template, each with the names that this dataset has for it, such as `user:
     [human]`."""

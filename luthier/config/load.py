@@ -138,7 +138,10 @@ class Config(Sections):
                 report((contradiction.key,), contradiction.message)
         for key in ("datasets", "test_datasets"):
             for index, entry in enumerate(getattr(config.data, key)):
-                for inside, message in entries.flaws(entry, config.data.train_on_inputs):
+                rl = config.preference.rl
+                for inside, message in entries.flaws(entry, config.data.train_on_inputs, rl):
+                    if "rl" in doubtful and rl is None and "`rl`" in message:
+                        continue
                     path: Path_ = (key, index, *inside)
                     report(path, f"{dotted(path)}: {message}")
         raise_problems(source.name, problems)

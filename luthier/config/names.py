@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from luthier.config.datasets import DatasetEntry, UserPrompt
+from luthier.config.datasets import DatasetEntry, UserPreference, UserPrompt
 from luthier.config.schema import FIELDS, SECTIONS, LoftQ, LrGroup, SpecialTokens
 
 # Names that other tools use, and what to write here.
@@ -51,12 +51,47 @@ ELSEWHERE: dict[str, str] = {
     "activation_offloading": "Write `gradient_checkpointing: offload`.",
     "dpo_beta": "Write rl_beta.",
     "dpo_label_smoothing": "Write label_smoothing.",
-    "loss_type": "Write dpo_loss_type.",
+    "loss_type": "Write dpo_loss_type for the kin of `rl: dpo`; any other method is a value of rl.",
     "max_prompt_length": "Write max_prompt_len.",
     "desirable_weight": "Write kto_desirable_weight.",
     "undesirable_weight": "Write kto_undesirable_weight.",
     "pref_beta": "Write rl_beta.",
     "pref_loss": "Write rl, or dpo_loss_type.",
+    "pref_ftx": "Write rpo_alpha, or for simpo cpo_alpha.",
+    "kto_chosen_weight": "Write kto_desirable_weight.",
+    "kto_rejected_weight": "Write kto_undesirable_weight.",
+    "kto_beta": "Write rl_beta.",
+    "orpo_beta": "Write rl_beta.",
+    "simpo_beta": "Write rl_beta.",
+    "stage": "Write rl for preference tuning; without it a run is supervised fine-tuning.",
+    "trl": "It is for methods that generate answers while they train, and there are none here.",
+    "loss_weights": "One loss is trained: rpo_alpha adds the likelihood of the chosen answers to that of dpo.",
+    "dpo_loss_weights": "One loss is trained: rpo_alpha adds the likelihood of the chosen answers to that of dpo.",
+    "dpo_norm_loss": "Write `dpo_loss_type: sigmoid_norm`, which compares mean log-probs.",
+    "average_log_prob": "Write `dpo_loss_type: sigmoid_norm`, which compares mean log-probs.",
+    "f_divergence_type": "Leave it out: the losses are those of the reverse KL divergence, which TRL's default is.",
+    "discopop_tau": "Leave it out: it is 0.05, as in the paper.",
+    "ld_alpha": "Leave it out: every token of an answer counts alike here.",
+    "dpo_use_weighting": "Leave it out: pairs count alike here.",
+    "use_weighting": "Leave it out: pairs count alike here.",
+    "ref_model": "Leave it out: the reference is the model as the run begins, never a second one.",
+    "ref_model_mixup_alpha": "Leave it out: the reference stays the model as the run begins.",
+    "ref_model_sync_steps": "Leave it out: the reference stays the model as the run begins.",
+    "sync_ref_model": "Leave it out: the reference stays the model as the run begins.",
+    "force_use_ref_model": "Leave it out: the reference is the model as the run begins, never a second one.",
+    "rl_adapter_ref_model": "Leave it out: the reference is the model as the run begins, never a second one.",
+    "ref_adapter_name": "Leave it out: the reference is the model as the run begins, never a second one.",
+    "model_adapter_name": "Leave it out: there is one adapter.",
+    "reference_free": "Leave it out, or take a method without a reference: `rl: orpo` or `rl: simpo`.",
+    "precompute_ref_batch_size": "Leave it out: its passes are those of training (max_tokens_per_pass).",
+    "max_completion_length": "Leave it out: sequence_len bounds prompt and answer together, max_prompt_len the prompt.",
+    "max_target_length": "Leave it out: sequence_len bounds prompt and answer together, max_prompt_len the prompt.",
+    "padding_free": "Leave it out: padding is never computed here.",
+    "dpo_padding_free": "Leave it out: padding is never computed here.",
+    "use_logits_to_keep": "Leave it out: logits are only ever computed for tokens of answers.",
+    "dpo_use_logits_to_keep": "Leave it out: logits are only ever computed for tokens of answers.",
+    "generate_during_eval": "Write `generate_samples: true`.",
+    "disable_dropout": "Write `lora_dropout: 0`.",
     "rope_scaling": "Write rope_parameters, with rope_type and factor.",
     "overrides_of_model_config": "Write what is inside it at the top level: rope_parameters for rope_scaling.",
     "use_wandb": "Write `report_to: wandb`.",
@@ -67,12 +102,24 @@ ELSEWHERE: dict[str, str] = {
 # The same for values, each after its key.
 VALUES_ELSEWHERE: dict[str, str] = {
     "gradient_checkpointing: offload_disk": " Write offload.",
+    **dict.fromkeys(
+        (f"rl: {name}" for name in ("grpo", "gdpo", "ppo", "rloo", "reinforce", "online_dpo", "ebft")),
+        " Methods that generate answers while they train are not here; these learn from answers that exist.",
+    ),
+    "rl: cpo": " Nearest is `rl: simpo`, with cpo_alpha for the likelihood of the chosen answers.",
+    "rl: bco": " For pairs, write `rl: dpo` and `dpo_loss_type: bco_pair`.",
+    "dpo_loss_type: simpo": " Write `rl: simpo`.",
+    "dpo_loss_type: orpo": " Write `rl: orpo`.",
+    "dpo_loss_type: kto": " Write `rl: kto`.",
+    "dpo_loss_type: kto_pair": " Write `rl: kto`, which takes pairs apart.",
+    "dpo_loss_type: sft": " Write rpo_alpha, which adds the likelihood of the chosen answers.",
 }
 
 # Mappings inside the config: what they are called in a message, and where they stand.
 _INNER: dict[type[BaseModel], tuple[str, str]] = {
     DatasetEntry: ("a dataset entry", "an entry of datasets"),
     UserPrompt: ("a prompt format", "the type of a dataset entry"),
+    UserPreference: ("a format for preference runs", "the type of a dataset entry"),
     SpecialTokens: ("special_tokens", "special_tokens"),
     LoftQ: ("loftq_config", "loftq_config"),
     LrGroup: ("a learning-rate group", "an entry of lr_groups"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,17 @@ def _has_chat(c: Flat) -> bool:
 
 def _is_adam(c: Flat) -> bool:
     return OPTIMIZERS[c["optimizer"]].adam
+
+
+def _values(key: str, names: Sequence[str]) -> str:
+    """`rl: dpo`, `ipo` or `kto`."""
+    first, *others = (f"`{name}`" for name in names)
+    first = f"`{key}: {first[1:]}"
+    return " or ".join([", ".join([first, *others[:-1]]), *others[-1:]])
+
+
+def _that(methods: Sequence[str]) -> str:
+    return "that" if len(methods) == 1 else "one of these"
 
 
 _VALIDATION = "there is no validation data: set val_set_size or test_datasets, or leave {key} out."
@@ -158,7 +169,7 @@ NEEDS += tuple(
     Need(
         (key,),
         lambda c, methods=methods: c["rl"] in methods,  # type: ignore[misc]
-        "{key} goes with " + " or ".join(f"`rl: {name}`" for name in methods) + ": change rl, or leave {key} out.",
+        "{key} is for " + _values("rl", methods) + ": set rl to " + _that(methods) + ", or leave {key} out.",
     )
     for key, methods in READ_BY.items()
 )

@@ -91,6 +91,8 @@ READ_BY: dict[str, tuple[Method, ...]] = {
 REFERENCE_FREE = ("orpo", "simpo")
 _SMOOTHED = ("sigmoid", "robust", "exo_pair")
 _BETA = {"simpo": 2.0}
+# Of `rl_beta`, which has their value once a config is loaded.
+OTHER_NAMES = ("orpo_alpha", "beta")
 
 
 def flaws(c: Mapping[str, Any], written: Collection[str]) -> Iterator[tuple[str, str]]:
@@ -115,13 +117,26 @@ def flaws(c: Mapping[str, Any], written: Collection[str]) -> Iterator[tuple[str,
     if rl == "dpo" and c["label_smoothing"] and c["dpo_loss_type"] not in _SMOOTHED:
         yield (
             "label_smoothing",
-            f"label_smoothing goes with `dpo_loss_type: {' or '.join(_SMOOTHED)}`: change dpo_loss_type, or leave it out.",
+            f"with `dpo_loss_type: {c['dpo_loss_type']}` label_smoothing does nothing; it is for "
+            f"{', '.join(_SMOOTHED[:-1])} and {_SMOOTHED[-1]}: change dpo_loss_type, or leave label_smoothing out.",
+        )
+    if rl == "dpo" and c["dpo_loss_type"] == "robust" and not c["label_smoothing"]:
+        yield (
+            "dpo_loss_type",
+            "`dpo_loss_type: robust` without label_smoothing is sigmoid: set label_smoothing to the share of pairs "
+            "that are labelled the wrong way round, or leave dpo_loss_type out.",
         )
     if rl == "dpo" and c["dpo_loss_type"] == "exo_pair" and not c["label_smoothing"]:
         yield (
             "dpo_loss_type",
             "`dpo_loss_type: exo_pair` needs label_smoothing above 0, such as 0.001: its target has that much of the "
             "rejected answer, and the logarithm of it.",
+        )
+    if c["max_prompt_len"] is not None and c["max_prompt_len"] >= c["sequence_len"]:
+        yield (
+            "max_prompt_len",
+            f"max_prompt_len ({c['max_prompt_len']}) leaves no room for an answer within sequence_len "
+            f"({c['sequence_len']}): make it smaller, or leave it out.",
         )
     if rl == "kto" and c["micro_batch_size"] * c["gradient_accumulation_steps"] == 1:
         yield (
@@ -140,7 +155,7 @@ def derived(c: Mapping[str, Any], written: Collection[str]) -> dict[str, tuple[A
     values: dict[str, tuple[Any, str]] = {}
     if rl is None:
         return {}
-    for other in ("orpo_alpha", "beta"):
+    for other in OTHER_NAMES:
         if c[other] is not None:
             values["rl_beta"], values[other] = (c[other], f"from {other}"), (None, "rl_beta has it")
     if c["rl_beta"] is None and "rl_beta" not in values:

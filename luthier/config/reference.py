@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from luthier.config.base import Section
-from luthier.config.datasets import DatasetEntry, UserPrompt
+from luthier.config.datasets import DatasetEntry, UserPreference, UserPrompt
 from luthier.config.emit import scalar
 from luthier.config.schema import SECTIONS, LoftQ, LrGroup, Sections, SpecialTokens
 from luthier.config.values import expected, help_of, summary
@@ -24,6 +24,7 @@ from luthier.config.values import expected, help_of, summary
 _INNER: tuple[tuple[str, type[Section]], ...] = (
     ("An entry of `datasets` or `test_datasets`", DatasetEntry),
     ("A prompt format of your own, as the `type` of an entry", UserPrompt),
+    ("A format of your own for preference runs, as the `type` of an entry", UserPreference),
     ("`special_tokens`", SpecialTokens),
     ("`loftq_config`", LoftQ),
     ("An entry of `lr_groups`", LrGroup),

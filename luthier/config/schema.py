@@ -246,7 +246,8 @@ class TrainingConfig(Section):
     memory, a run goes on with half."""
     share_prefixes: Literal["auto", "off"] = "auto"
     """What documents of one forward pass begin with alike (a template, a question) is computed once, which does
-    not change the result. `auto`: where the model allows it, and no dropout tells the documents apart."""
+    not change the result. `auto`: where the model allows it, and no dropout tells the documents apart; with dropout
+    the two answers of a pair still share their prompt."""
 
 
 class OutputConfig(Section):

@@ -39,9 +39,10 @@ def check_value(
     limits = [*limits, *metadata]
     if value is None and NoneType in branches:
         return None
-    container = next((b for b in branches if _fits_container(b, value)), None)
-    if container is not None:
-        return _check_container(container, value, path, report, limits)
+    containers = [b for b in branches if _fits_container(b, value)]
+    if containers:
+        best = max(containers, key=lambda branch: _known_keys(branch, value))
+        return _check_container(best, value, path, report, limits)
     for branch in branches:
         fitted = _scalar(branch, value)
         if fitted is not INVALID:
@@ -173,6 +174,13 @@ def _fits_container(branch: Any, value: Any) -> bool:
     if isinstance(value, dict):
         return get_origin(branch) is dict or (isinstance(branch, type) and issubclass(branch, BaseModel))
     return isinstance(value, BaseModel) and branch is type(value)
+
+
+def _known_keys(branch: Any, value: Any) -> int:
+    """How many keys of a mapping a section has: of several sections that may stand here, it is meant for one."""
+    if not isinstance(value, dict) or not (isinstance(branch, type) and issubclass(branch, BaseModel)):
+        return 0
+    return sum(key in branch.model_fields for key in value)
 
 
 def _check_container(branch: Any, value: Any, path: Path_, report: Report, limits: list[Any]) -> Any:

@@ -90,6 +90,7 @@ def cache_key(
         "versions": [metadata.version("transformers"), metadata.version("tokenizers")],
         "tokenizer": tokenizer_state(tokenizer),
         "options": options,
+        "answers": _answers(config),
         "templates": [_file_text(name) for name in named],
         "entries": [entry.model_dump() for entry in entries],
         "data": list(fingerprints),
@@ -97,10 +98,19 @@ def cache_key(
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
+def _answers(config: Config) -> list[Any] | None:
+    """What of preference tuning changes a row's tokens: methods with the same rows share them."""
+    preference = config.preference
+    if preference.rl is None:
+        return None
+    return [preference.rl == "kto", preference.max_prompt_len]
+
+
 @lru_cache(maxsize=1)
 def _source_hash() -> str:
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*")):
+    types = Path(__file__).parents[1] / "config" / "preference_types.py"
+    for path in [*sorted(Path(__file__).parent.rglob("*")), types]:
         if path.suffix in (".py", ".jinja"):
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()

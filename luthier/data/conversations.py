@@ -33,6 +33,8 @@ ROLES = {
 """Role names of datasets, and those that templates have for them. `function_call` is a turn that calls a
 tool."""
 
+EMPTY_ANSWERS = "empty answers, of which only the end is trained"
+
 _TRAIN_FLAGS = ("train", "training", "weight")
 _TRAIN_DETAILS = ("training_detail", "train_detail")
 
@@ -46,17 +48,27 @@ def chat_columns(entry: DatasetEntry) -> frozenset[str]:
 def chat_example(row: Row, entry: DatasetEntry, notes: Counter[str]) -> ChatExample:
     """The conversation of a row. Raises DataError that names the message."""
     field, given = _messages_of(row, entry)
+    messages = read_messages(given, field, entry, notes)
+    system = optional_text(row, entry.field_system or "system", notes)
+    if system:
+        put_system(messages, system, entry.field_system or "system")
+    return ChatExample(messages, tools_of(row, entry.field_tools or "tools"))
+
+
+def read_messages(
+    given: list[Any], field: str, entry: DatasetEntry, notes: Counter[str]
+) -> list[dict[str, Any]]:
+    """Messages of a column, by the entry's names of their parts and roles. Raises DataError that names the message."""
     roles = _role_names(tuple((name, tuple(aliases)) for name, aliases in entry.roles.items()))
+    named = {"role": entry.message_field_role, "content": entry.message_field_content}
+    mappings = {**entry.message_property_mappings, **{name: column for name, column in named.items() if column}}
     messages = []
     for number, message in enumerate(given, start=1):
         where = f"message {number} of `{field}`"
         if not isinstance(message, dict):
             raise DataError(f"{where} must be an object, and is {type_name(message)}")
-        messages.append(_message(message, entry.message_property_mappings, roles, where, notes))
-    system = optional_text(row, entry.field_system or "system", notes)
-    if system:
-        _put_system(messages, system, entry.field_system or "system")
-    return ChatExample(messages, _tools_of(row, entry.field_tools or "tools"))
+        messages.append(_message(message, mappings, roles, where, notes))
+    return messages
 
 
 def _messages_of(row: Row, entry: DatasetEntry) -> tuple[str, list[Any]]:
@@ -138,7 +150,7 @@ def _content(message: dict[str, Any], where: str, given: dict[str, Any], notes: 
         content = "".join(_text_part(part, where, notes) for part in content)
     text = text_of(content, f"content of {where}", notes)
     if not text and message["role"] == "assistant" and "tool_calls" not in message:
-        notes["empty answers, of which only the end is trained"] += 1
+        notes[EMPTY_ANSWERS] += 1
     return text
 
 
@@ -169,7 +181,8 @@ def _set_train_flag(message: dict[str, Any], where: str) -> None:
         message["train"] = bool(next(iter(flags.values())))
 
 
-def _put_system(messages: list[dict[str, Any]], system: str, field: str) -> None:
+def put_system(messages: list[dict[str, Any]], system: str, field: str) -> None:
+    """Put a row's system text before its messages. Raises DataError where they have another one."""
     first = messages[0]
     if first["role"] not in ("system", "developer"):
         messages.insert(0, {"role": "system", "content": system})
@@ -212,7 +225,8 @@ def _tool_call(call: Any, what: str) -> dict[str, Any]:
     return {"type": "function", **outer, "function": {"name": name, "arguments": arguments}}
 
 
-def _tools_of(row: Row, field: str) -> list[dict[str, Any]] | None:
+def tools_of(row: Row, field: str) -> list[dict[str, Any]] | None:
+    """The tools of a row, as templates take them; None where it has none."""
     value = row.get(field)
     if isinstance(value, str):
         value = _from_json(value, f"`{field}`") if value.strip() else None

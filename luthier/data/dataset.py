@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from luthier.config import Config, DatasetEntry, UserPrompt
+from luthier.config import Config, DatasetEntry, UserPreference, UserPrompt
 from luthier.data.cache import Store, Writer, cache_folder, cache_key, open_store
 from luthier.data.formats import kind_of_entry
 from luthier.data.readers import Rows, open_rows
-from luthier.data.report import DataReport, SourceReport, length_histogram, merge_tallies
+from luthier.data.report import Balance, DataReport, SourceReport, length_histogram, merge_tallies
 from luthier.data.tokenise import Tokeniser, tokenise
 from luthier.errors import DataError
 
@@ -36,12 +36,17 @@ class Document(NamedTuple):
     """Tokens of one document, int32, and labels aligned with them: -100 where a token is not trained.
 
     The first token of a document is never trained, since nothing leads to it. `lengths` is set for a row that
-    was packed before it came here: the tokens of each document inside, summing to the row's.
+    was packed before it came here: the tokens of each document inside, summing to the row's; and for a `pair` of
+    answers to one prompt: prompt and chosen answer, prompt and rejected answer. `prompt` are the tokens before an
+    answer that is compared with others, else 0.
     """
 
     input_ids: npt.NDArray[np.int32]
     labels: npt.NDArray[np.int32]
     lengths: tuple[int, ...] | None = None
+    prompt: int = 0
+    pair: bool = False
+    desirable: bool = True
 
 
 class TokenDataset:
@@ -79,7 +84,14 @@ class TokenDataset:
         if self._parts[index] > 1:
             first = self._part_starts[index]
             lengths = tuple(self._store.parts[first : first + self._parts[index]].tolist())
-        return Document(self._store.input_ids[start:stop], self._store.labels[start:stop], lengths)
+        return Document(
+            self._store.input_ids[start:stop],
+            self._store.labels[start:stop],
+            lengths,
+            int(self.prompts[index]),
+            bool(self.chosen[index]),
+            bool(self.desirable[index]),
+        )
 
     def location(self, index: int) -> str:
         """Where the document's row is: "rows.jsonl:17"."""
@@ -96,6 +108,12 @@ class TokenDataset:
     def digests(self) -> npt.NDArray[np.uint64]:
         """For each document a hash of its tokens."""
         return np.ascontiguousarray(self._store.documents["digest"])[self._indices]
+
+    @property
+    def part_lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of the documents inside of each document, such as the two sides of a pair, end to end."""
+        starts = np.repeat(self._part_starts - (np.cumsum(self._parts) - self._parts), self._parts)
+        return self._store.parts[starts + np.arange(len(starts))]
 
     def subset(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> TokenDataset:
         """These documents, in this order, without a copy of their tokens."""
@@ -137,13 +155,30 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
     report = DataReport(
         sources, test_sources, cached, time.perf_counter() - began, train_documents=len(train)
     )
-    report.histogram = length_histogram(train.lengths)
+    report.histogram = length_histogram(train.part_lengths if config.preference.rl else train.lengths)
+    _say_preferences(report, train, config)
     report.duplicates = len(train) - len(np.unique(train.digests))
     if validation is not None:
         report.validation_documents = len(validation)
         report.overlap = int(np.isin(validation.digests, train.digests).sum())
     fingerprint = hashlib.sha256(f"{key} {test_key}".encode()).hexdigest()
     return PreparedData(train, validation, report, fingerprint)
+
+
+def _say_preferences(report: DataReport, train: TokenDataset, config: Config) -> None:
+    """Pairs and labels of the training data."""
+    preference = config.preference
+    report.unit = _unit(preference.rl)
+    if preference.rl == "kto":
+        good = int(train.desirable.sum())
+        weights = preference.kto_desirable_weight, preference.kto_undesirable_weight
+        report.balance = Balance(good, len(train) - good, *weights)
+    elif preference.rl is not None:
+        report.tokens_in_pairs, report.prompt_tokens = int(train.lengths.sum()), int(train.prompts.sum())
+
+
+def _unit(rl: str | None) -> str:
+    return {None: "documents", "kto": "answers"}.get(rl, "pairs")
 
 
 def split_off(dataset: TokenDataset, rows: int, size: float, seed: int) -> tuple[TokenDataset, TokenDataset]:
@@ -210,23 +245,22 @@ def _tokenise_all(
     sources = []
     first_number = 0
     for entry, rows in zip(entries, opened, strict=True):
-        if kind_of_entry(entry) != "tokens":
+        kind = kind_of_entry(entry, config.preference.rl)
+        if kind != "tokens":
             tokeniser.renderer.check(entry)
-        source = SourceReport(entry.path, _type_name(entry), rows.fingerprint)
+        rl = config.preference.rl
+        source = SourceReport(entry.path, _type_name(entry, rl), rows.fingerprint, unit=_unit(rl))
         unused: set[str] = set()
         for chunk in tokenise(tokeniser, entry, rows, first_number, config.data.dataset_processes):
-            if (
-                kind_of_entry(entry) == "tokens"
-                and len(chunk.input_ids)
-                and chunk.input_ids.max() >= vocabulary
-            ):
+            if kind == "tokens" and len(chunk.input_ids) and chunk.input_ids.max() >= vocabulary:
                 raise DataError(_beyond_vocabulary(chunk.input_ids, chunk.documents, chunk.files, vocabulary))
             writer.add(chunk)
             source.rows += chunk.rows
             source.kept += len(chunk.documents)
             source.tokens += len(chunk.input_ids)
             source.trained_tokens += int(chunk.documents["trained"].sum())
-            source.longest = max(source.longest, int(chunk.documents["length"].max(initial=0)))
+            longest = chunk.parts if kind == "preference" else chunk.documents["length"]
+            source.longest = max(source.longest, int(longest.max(initial=0)))
             merge_tallies(source.dropped, chunk.dropped)
             merge_tallies(source.notes, chunk.notes)
             unused |= chunk.columns
@@ -237,9 +271,11 @@ def _tokenise_all(
     return writer.finish({"sources": [source.to_json() for source in sources]})
 
 
-def _type_name(entry: DatasetEntry) -> str:
+def _type_name(entry: DatasetEntry, rl: str | None) -> str:
     if entry.type is None:
-        return "tokens"
+        return "tokens" if rl is None else "no type"
+    if isinstance(entry.type, UserPreference):
+        return "your own format"
     return "your own prompt" if isinstance(entry.type, UserPrompt) else entry.type
 
 

@@ -1,8 +1,9 @@
 """What a row of a dataset means, before any tokenizer has seen it.
 
-`formats` turns rows into one of three kinds of example, `render` turns examples into token ids and labels.
+`formats` turns rows into one of these kinds of example, `render` turns examples into token ids and labels.
 The kinds differ in who decides where the tokens begin and end: for a `TextExample` the format (segments of
-text), for a `ChatExample` the chat template, for a `TokenExample` whoever made the data.
+text), for a `ChatExample` the chat template, for a `TokenExample` whoever made the data. A `PreferenceExample`, which
+`preferences` makes, is answers to a prompt, as text or as conversations.
 """
 
 from __future__ import annotations
@@ -53,4 +54,22 @@ class TokenExample:
     lengths: tuple[int, ...]
 
 
-Example = TextExample | ChatExample | TokenExample
+@dataclass(slots=True, frozen=True)
+class PreferenceExample:
+    """Answers to one prompt: two, of which the first is preferred to the second, or one that is desirable or not.
+
+    Attributes:
+        prompt: text, or the messages before the answer. answers: likewise text, or messages of which the first is the
+            model's.
+        tools: JSON schemas of functions, for messages.
+        frame: what the format itself wrote around a row's text; its special tokens are meant to be ones.
+    """
+
+    prompt: str | list[dict[str, Any]]
+    answers: tuple[str | list[dict[str, Any]], ...]
+    tools: list[dict[str, Any]] | None = None
+    desirable: bool = True
+    frame: str = ""
+
+
+Example = TextExample | ChatExample | TokenExample | PreferenceExample

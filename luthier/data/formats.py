@@ -2,7 +2,8 @@
 
 The instruction formats (`alpaca`, `alpaca_chat.load_qa`, a prompt of the user's own) are all one
 `PromptFormat`: text around an instruction, an input and a system text, and then the answer, which is trained.
-Conversations are in `conversations`, rows that are tokens already in `pretokenized`.
+Conversations are in `conversations`, rows that are tokens already in `pretokenized`, those of preference runs in
+`preferences`.
 
 Text is taken as it is: nothing is stripped. A whole number where text belongs is taken as its digits, and
 counted; anything else that is not text is an error. Errors carry no location, because a row does not know its
@@ -12,17 +13,26 @@ file: whoever reads the rows adds it.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from string import Formatter
 
 from luthier.config.datasets import DatasetEntry, UserPrompt
 from luthier.config.entries import PROMPT_FIELDS, kind_of
-from luthier.data.conversations import chat_columns, chat_example
+from luthier.config.preference_types import is_preference, preference_type
+from luthier.data.conversations import EMPTY_ANSWERS, chat_columns, chat_example
 from luthier.data.examples import ChatExample, Example, Segment, TextExample
+from luthier.data.preferences import (
+    preference_columns,
+    preference_examples,
+    prompt_text,
+    reads_messages,
+)
 from luthier.data.pretokenized import TOKEN_COLUMNS, token_example
+from luthier.data.readers import open_rows
 from luthier.data.values import Row, fields_of, optional_text, required, text_of
-from luthier.errors import DataError
+from luthier.errors import DataError, LuthierError
 
 _NO_INPUT = frozenset({"no input", "noinput", "<no input>", "<noinput>"})
 
@@ -135,12 +145,39 @@ def example_of(
     return _instruction(row, prompt_format(entry), train_on_inputs, notes)
 
 
+def examples_of(
+    row: Row, entry: DatasetEntry, train_on_inputs: bool, rl: str | None, notes: Counter[str] | None = None
+) -> Sequence[Example]:
+    """As `example_of`, for a run of method `rl` too, in which a row may be two examples.
+
+    Raises `preferences.LeftOut` for a row in which there is nothing to compare.
+    """
+    notes = notes if notes is not None else Counter()
+    if rl is None:
+        return [example_of(row, entry, train_on_inputs, notes)]
+    return preference_examples(row, entry, rl, notes)
+
+
 def prompt_example(
-    entry: DatasetEntry, instruction: str, input: str = "", system: str | None = None
+    entry: DatasetEntry,
+    instruction: str,
+    input: str = "",
+    system: str | None = None,
+    rl: str | None = None,
 ) -> Example:
-    """The same format without an answer: what a model that was trained on `entry` is to continue."""
-    kind = kind_of_entry(entry)
-    if kind == "chat_template":
+    """The same format without an answer: what a model that was trained on `entry` is to continue.
+
+    `rl` is the run's method: rows without a type are tokens without one, and prompts and answers with one. Then the
+    first row says whether these are conversations.
+    """
+    kind = "preference" if is_preference(entry) else kind_of_entry(entry, rl)
+    form = getattr(preference_type(entry), "form", None)
+    if kind == "preference" and form in ("turns", "text"):
+        text = prompt_text(entry, f"{instruction}\n{input}" if input else instruction, system)
+        assert text is not None
+        return TextExample((Segment(text, False),), add_eos=False)
+    is_chat = kind == "preference" and (form == "template" or _has_conversations(entry))
+    if kind == "chat_template" or is_chat:
         text = f"{instruction}\n{input}" if input else instruction
         opening = [{"role": "system", "content": system}] if system else []
         return ChatExample([*opening, {"role": "user", "content": text}])
@@ -152,9 +189,19 @@ def prompt_example(
     return TextExample((Segment(raw, False),), add_bos=kind != "input_output", add_eos=False)
 
 
-def columns_of(entry: DatasetEntry) -> frozenset[str]:
+def _has_conversations(entry: DatasetEntry) -> bool:
+    try:
+        first = next(iter(open_rows(entry)), None)
+    except LuthierError:  # the data is gone or bad: a run's prompts then are plain text
+        return False
+    return first is not None and reads_messages(first[1], entry)
+
+
+def columns_of(entry: DatasetEntry, rl: str | None = None) -> frozenset[str]:
     """Columns that the entry's type reads; the others are of no effect, which the report says."""
-    kind = kind_of_entry(entry)
+    kind = kind_of_entry(entry, rl)
+    if rl is not None:
+        return preference_columns(entry, rl)
     if kind == "tokens":
         return TOKEN_COLUMNS
     if kind == "chat_template":
@@ -169,9 +216,10 @@ def columns_of(entry: DatasetEntry) -> frozenset[str]:
     return frozenset(columns | ({prompt.field_input} if "{input}" in prompt.with_input else set()))
 
 
-def kind_of_entry(entry: DatasetEntry) -> str:
-    """`prompt`, `chat_template`, `completion`, `input_output` or `tokens`; a config has no other."""
-    kind = kind_of(entry)
+def kind_of_entry(entry: DatasetEntry, rl: str | None = None) -> str:
+    """`prompt`, `chat_template`, `completion`, `input_output` or `tokens`, or with `rl` `preference`; a config has no
+    other."""
+    kind = kind_of(entry, rl)
     assert kind is not None
     return kind
 
@@ -215,7 +263,7 @@ def _instruction(row: Row, prompt: PromptFormat, train_on_inputs: bool, notes: C
     if not instruction.strip() and not given.strip():
         raise DataError(f"the row asks nothing: `{prompt.field_instruction}` is empty")
     if not answer:
-        notes["empty answers, of which only the end is trained"] += 1
+        notes[EMPTY_ANSWERS] += 1
     if given.strip().lower() in _NO_INPUT:
         notes["inputs that only say that there is none, taken as they are"] += 1
     before, after = prompt.pieces(instruction, given, system)

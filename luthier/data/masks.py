@@ -69,6 +69,30 @@ def trained_characters(
     return full, spans
 
 
+def answer_characters(
+    template: ChatTemplate, finder: TurnFinder, example: ChatExample, first: int
+) -> tuple[str, list[Span]]:
+    """A conversation's text and the answers from message `first` on, each from behind the header that generation
+    starts with, as every answer to compare must be. Marks of the template, which may take in the header, are asked
+    only where the turns cannot be found.
+
+    Raises:
+        DataError: the template refuses the conversation, or an answer cannot be found in its text.
+    """
+    messages = clean(example.messages)
+    answers = [at for at, message in enumerate(messages) if message.get("role") == "assistant"]
+    wanted = [at for at in answers if at >= first]
+    full = template.text(messages, example.tools)
+    try:
+        turns = finder.find(messages, example.tools, full, wanted)
+    except DataError:
+        full, marks = template.text_and_marks(messages, example.tools)
+        if len(marks) != len(answers):
+            raise
+        return full, _from_marks(template, full, marks, False)[-len(wanted) :]
+    return full, _from_turns([turns[at] for at in wanted], False)
+
+
 def labels_of(tokens: Encoded, spans: Sequence[Span] | None) -> list[int]:
     """Labels aligned with the tokens; a token that holds a trained character is trained."""
     if spans is None:

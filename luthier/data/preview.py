@@ -56,9 +56,9 @@ def preview(
     assert dataset is not None
     marked = f"{OPEN}trained{CLOSE}" if plain else "[bold green]trained[/]"
     shown = min(rows, len(dataset))
-    console.print(
-        f"{shown} of {len(dataset):,} documents ({split}); the model learns to write what is {marked}"
-    )
+    rl = loaded.preference.rl
+    learns = "the model learns to write what is" if rl is None else f"{rl} compares what is"
+    console.print(f"{shown} of {len(dataset):,} {prepared.report.unit} ({split}); {learns} {marked}")
     for index in range(shown):
         _show_document(console, dataset, index, tokenizer, plain)
     show_report(console, prepared.report)
@@ -108,11 +108,35 @@ def _show_document(
     document = dataset[index]
     tokens, trained = int(dataset.lengths[index]), int(dataset.trained[index])
     title = f"--- {dataset.location(index)}: {tokens:,} tokens, {trained:,} trained"
+    console.print()
+    if document.prompt:
+        console.print(f"{title}, {document.prompt:,} in the prompt", style="dim", markup=False)
+        console.print(answers_text(document, tokenizer, plain))
+        return
     if document.lengths:
         title += f", packed from {len(document.lengths)} documents"
-    console.print()
     console.print(title, style="dim", markup=False)
     console.print(document_text(document, tokenizer, plain))
+
+
+def answers_text(document: Document, tokenizer: PreTrainedTokenizerBase, plain: bool) -> Text:
+    """The prompt once, and below it each of a pair's answers, or the one with its label."""
+    lengths = document.lengths or (len(document.input_ids),)
+    label = "desirable" if document.desirable else "undesirable"
+    names = ("chosen", "rejected") if document.pair else (label,)
+    shown = Text()
+    start = 0
+    for name, length in zip(names, lengths, strict=True):
+        ids = document.input_ids[start : start + length].tolist()
+        trained = (document.labels[start : start + length] != -100).tolist()
+        pieces = list(_pieces(ids, trained, tokenizer, document.prompt))
+        before = next(at for at in range(len(pieces) + 1) if at == len(pieces) or pieces[at][3])
+        if not start:
+            _append_marked(shown, [piece[:3] for piece in pieces[:before]], plain)
+        shown.append(f"\n--- {name}\n", style="dim")
+        _append_marked(shown, [piece[:3] for piece in pieces[before:]], plain)
+        start += length
+    return shown
 
 
 def document_text(document: Document, tokenizer: PreTrainedTokenizerBase, plain: bool) -> Text:
@@ -124,24 +148,28 @@ def document_text(document: Document, tokenizer: PreTrainedTokenizerBase, plain:
             shown.append("\n--- next document of the row\n", style="dim")
         ids = document.input_ids[start : start + length].tolist()
         trained = (document.labels[start : start + length] != -100).tolist()
-        for is_trained, pieces in groupby(_pieces(ids, trained, tokenizer), key=lambda piece: piece[1]):
-            if plain and is_trained:
-                shown.append(OPEN)
-            for text, _, special in pieces:
-                style = _TRAINED if is_trained else _SPECIAL if special else ""
-                shown.append(
-                    _visible(text, plain), style=f"{style} underline" if special and is_trained else style
-                )
-            if plain and is_trained:
-                shown.append(CLOSE)
+        _append_marked(shown, [piece[:3] for piece in _pieces(ids, trained, tokenizer)], plain)
         start += length
     return shown
 
 
+def _append_marked(shown: Text, pieces: Sequence[tuple[str, bool, bool]], plain: bool) -> None:
+    for is_trained, stretch in groupby(pieces, key=lambda piece: piece[1]):
+        if plain and is_trained:
+            shown.append(OPEN)
+        for text, _, special in stretch:
+            style = _TRAINED if is_trained else _SPECIAL if special else ""
+            shown.append(
+                _visible(text, plain), style=f"{style} underline" if special and is_trained else style
+            )
+        if plain and is_trained:
+            shown.append(CLOSE)
+
+
 def _pieces(
-    ids: Sequence[int], trained: Sequence[bool], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[tuple[str, bool, bool]]:
-    """Stretches of text as (text, trained, special token); together they are the decoded whole.
+    ids: Sequence[int], trained: Sequence[bool], tokenizer: PreTrainedTokenizerBase, prompt: int = 0
+) -> Iterator[tuple[str, bool, bool, bool]]:
+    """Stretches of text as (text, trained, special token, behind the prompt); together they are the decoded whole.
 
     A tokenizer may decode a stretch differently on its own (without its leading space), so a stretch's text
     is what it adds to the text of everything before it. Where a character's bytes lie on both sides of a
@@ -149,15 +177,17 @@ def _pieces(
     """
     special = set(tokenizer.all_special_ids)
     start, before = 0, ""
-    kinds = zip(trained, (token in special for token in ids), strict=True)
-    for (is_trained, is_special), group in groupby(kinds):
+    kinds = zip(
+        trained, (token in special for token in ids), (at >= prompt for at in range(len(ids))), strict=True
+    )
+    for (is_trained, is_special, behind), group in groupby(kinds):
         stop = start + len(list(group))
         whole = _decode(ids[:stop], tokenizer)
         whole = whole.rstrip("\ufffd") if stop < len(ids) else whole
         if whole.startswith(before):
-            yield whole[len(before) :], is_trained, is_special
+            yield whole[len(before) :], is_trained, is_special, behind
         else:  # what follows changed the text before it: show the stretch as it is alone
-            yield _decode(ids[start:stop], tokenizer), is_trained, is_special
+            yield _decode(ids[start:stop], tokenizer), is_trained, is_special, behind
         start, before = stop, whole
 
 
@@ -182,7 +212,8 @@ def show_report(console: Console, report: DataReport) -> None:
         console.print(line, markup=False)
     if not report.histogram:
         return
-    console.print("\ntokens per training document")
+    what = "training document" if report.unit == "documents" else "answer with its prompt"
+    console.print(f"\ntokens per {what}")
     most = max(count for _, _, count in report.histogram)
     left = max(len(f"{low:,}-{high:,}") for low, high, _ in report.histogram)
     for low, high, count in report.histogram:

@@ -13,17 +13,34 @@ note.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from luthier.config import Config
 from luthier.config.datasets import DatasetEntry
+from luthier.config.preference_types import preference_type
 from luthier.data import templates
-from luthier.data.chat import ASK, REPLY, ChatTemplate, clean
+from luthier.data.chat import ASK, REPLY, ChatTemplate, Message, clean
 from luthier.data.encode import TextEncoder
-from luthier.data.examples import ChatExample, Example, TextExample, TokenExample
-from luthier.data.masks import SPECIAL_TEXT, UNTRAINED, Options, chat_notes, labels_of, trained_characters
+from luthier.data.examples import (
+    ChatExample,
+    Example,
+    PreferenceExample,
+    Segment,
+    TextExample,
+    TokenExample,
+)
+from luthier.data.masks import (
+    SPECIAL_TEXT,
+    UNTRAINED,
+    Options,
+    answer_characters,
+    chat_notes,
+    labels_of,
+    trained_characters,
+)
 from luthier.data.spans import TurnFinder
 from luthier.data.tokenizer import chat_template_of, is_chat
 from luthier.errors import DataError
@@ -33,6 +50,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("luthier")
 
+REWRITTEN = "rows whose prompt comes out otherwise before the one answer than before the other"
+
 _PROBE = ({"role": "user", "content": ASK}, {"role": "assistant", "content": REPLY})
 
 
@@ -41,13 +60,15 @@ class Rendered:
     """One document: `labels` are aligned with `input_ids`, -100 where nothing is trained; the trainer shifts.
 
     `lengths` are the documents' tokens where a row brought several of them, else None. `notes` say what a
-    user should know of this row: pairs of what it is and, where there is more to say, what exactly.
+    user should know of this row: pairs of what it is and, where there is more to say, what exactly. Of answers to
+    compare, `prompt` is the number of tokens with which each of them begins.
     """
 
     input_ids: list[int]
     labels: list[int]
     lengths: tuple[int, ...] | None = None
     notes: tuple[tuple[str, str], ...] = ()
+    prompt: int = 0
 
 
 class Renderer:
@@ -58,6 +79,8 @@ class Renderer:
         self.encoder = TextEncoder(tokenizer)
         self._config = config
         self._finders: dict[str | None, TurnFinder] = {}
+        self._tried: set[str | None] = set()  # templates that are known to end an answer
+        self._special: re.Pattern[str] | None = None
 
     def render(self, examples: Sequence[Example], entry: DatasetEntry) -> list[Rendered]:
         """Tokens of a batch of examples, in their order. Raises the DataError of the first that has one."""
@@ -75,6 +98,8 @@ class Renderer:
         results.update(self._texts(texts))
         chats = [(at, one) for at, one in enumerate(examples) if isinstance(one, ChatExample)]
         results.update(self._chats(chats, entry))
+        compared = [(at, one) for at, one in enumerate(examples) if isinstance(one, PreferenceExample)]
+        results.update(self._compared(compared, entry))
         for at, example in enumerate(examples):
             if isinstance(example, TokenExample):
                 results[at] = Rendered(list(example.input_ids), list(example.labels), example.lengths)
@@ -87,6 +112,11 @@ class Renderer:
         Raises:
             DataError: a conversation without a turn before its answer, or one that the template refuses.
         """
+        if isinstance(example, PreferenceExample):
+            if isinstance(example.prompt, str):
+                example = TextExample((Segment(example.prompt, False),), add_eos=False)
+            else:
+                example = ChatExample(example.prompt, example.tools)
         if isinstance(example, TokenExample):
             labels = example.labels
             first = next((at for at, label in enumerate(labels) if label != UNTRAINED), len(labels))
@@ -111,8 +141,21 @@ class Renderer:
         Raises:
             DataError: no token ends an answer, or it is not trained.
         """
-        if not is_chat(entry.type):
-            return
+        if is_chat(entry.type):
+            self._check_template(entry)
+        kind = preference_type(entry)
+        end = kind.turns.end if kind is not None and kind.turns is not None else ""
+        if end and (count := len(self.encoder.beginnings([end])[0])) > 1:
+            log.warning(
+                "`type: %s` ends each turn with %s, which is %d ordinary tokens to this tokenizer: add it with "
+                "`tokens`, or write `chat_template.default` for the model's own turns",
+                entry.type,
+                end,
+                count,
+            )
+
+    def _check_template(self, entry: DatasetEntry) -> None:
+        self._tried.add(entry.chat_template)
         options = self._options(entry)
         template = self._finder(entry).template
         habits = template.habits
@@ -158,6 +201,91 @@ class Renderer:
                 ids.append(eos)
                 labels.append(eos if example.segments and example.segments[-1].trained else UNTRAINED)
             yield at, Rendered(ids, labels, notes=notes)
+
+    def _compared(
+        self, examples: Sequence[tuple[int, PreferenceExample]], entry: DatasetEntry
+    ) -> Iterator[tuple[int, Rendered | DataError]]:
+        """Answers to compare: each behind the tokens of its prompt, those of a pair end to end."""
+        texts = [(at, one) for at, one in examples if isinstance(one.prompt, str)]
+        flat = [
+            TextExample((Segment(str(example.prompt), False), Segment(str(answer), True)))
+            for _, example in texts
+            for answer in example.answers
+        ]
+        rendered = iter([one for _, one in self._texts(list(enumerate(flat)))])
+        for at, example in texts:
+            sides = [next(rendered) for _ in example.answers]
+            firsts = [_first_label(side.labels) for side in sides]
+            yield at, self._together(sides, firsts, entry, self._text_notes(example))
+        chats = [(at, one) for at, one in examples if not isinstance(one.prompt, str)]
+        if chats:
+            yield from self._compared_chats(chats, entry)
+
+    def _compared_chats(
+        self, examples: Sequence[tuple[int, PreferenceExample]], entry: DatasetEntry
+    ) -> Iterator[tuple[int, Rendered | DataError]]:
+        if entry.chat_template not in self._tried:  # rows without a type, of which only they know what they are
+            self._check_template(entry)
+        finder = self._finder(entry)
+        ready = []
+        for at, example in examples:
+            before = cast("list[Message]", example.prompt)
+            sides = []
+            try:
+                for answer in example.answers:
+                    chat = ChatExample([*before, *cast("list[Message]", answer)], example.tools)
+                    sides.append((chat, *answer_characters(finder.template, finder, chat, len(before))))
+            except DataError as error:
+                yield at, error
+            else:
+                ready.append((at, sides))
+        encoded = iter(self.encoder.with_offsets([text for _, sides in ready for _, text, _ in sides]))
+        for at, sides in ready:
+            notes: dict[str, str] = {}
+            rendered, firsts = [], []
+            for chat, text, spans in sides:
+                tokens = next(encoded)
+                rendered.append(Rendered(tokens.ids, labels_of(tokens, spans)))
+                start = min((start for start, _ in spans), default=len(text))
+                firsts.append(tokens.tokens(start, start + 1)[0])
+                notes = {**dict(chat_notes(chat.messages, text, finder.template)), **notes}
+            yield at, self._together(rendered, firsts, entry, tuple(notes.items()))
+
+    def _together(
+        self,
+        sides: Sequence[Rendered],
+        firsts: Sequence[int],
+        entry: DatasetEntry,
+        notes: tuple[tuple[str, str], ...],
+    ) -> Rendered:
+        """Answers end to end, and how many tokens of the prompt they have in common; `firsts` are the first tokens
+        behind it."""
+        prompt = min(firsts)
+        first, last = sides[0].input_ids, sides[-1].input_ids
+        if first[:prompt] != last[:prompt]:
+            prompt = next(at for at in range(prompt) if first[at] != last[at])
+            notes = (*notes, (REWRITTEN, f"{prompt} of {min(firsts)} tokens are the same"))
+        ids: list[int] = []
+        labels: list[int] = []
+        lengths = []
+        own = entry.train_on_inputs
+        for number, side in enumerate(sides):
+            stop = _behind_last_label(side.labels)
+            new = side.labels[:stop]
+            if number == 0 and len(sides) == 2 and (self._config.data.train_on_inputs if own is None else own):
+                new = side.input_ids[:prompt] + new[prompt:]
+            ids += side.input_ids[:stop]
+            labels += new
+            lengths.append(stop)
+        return Rendered(ids, labels, tuple(lengths), notes, prompt)
+
+    def _text_notes(self, example: PreferenceExample) -> tuple[tuple[str, str], ...]:
+        pattern = ChatTemplate(self.tokenizer).special_tokens if self._special is None else self._special
+        self._special = pattern
+        meant = set(pattern.findall(example.frame))
+        found = pattern.findall("".join(map(str, (example.prompt, *example.answers))))
+        other = next((token for token in found if token not in meant), None)
+        return ((SPECIAL_TEXT, other),) if other else ()
 
     def _notes(self, ids: Sequence[int]) -> tuple[tuple[str, str], ...]:
         special = self.encoder.special_ids
@@ -219,3 +347,12 @@ class Renderer:
             f"({', '.join(templates.names())}); or name what ends a turn with `eot_tokens: [...]`, after "
             "adding it with `tokens: [...]` if it is not one token yet."
         )
+
+
+def _first_label(labels: Sequence[int]) -> int:
+    return next((at for at, label in enumerate(labels) if label != UNTRAINED), len(labels))
+
+
+def _behind_last_label(labels: Sequence[int]) -> int:
+    """Where what is compared ends; the whole length where nothing is."""
+    return next((at + 1 for at in reversed(range(len(labels))) if labels[at] != UNTRAINED), len(labels))

@@ -19,7 +19,11 @@ log = logging.getLogger("luthier")
 BAD_ROW = "bad row"
 TOO_LONG = "longer than sequence_len"
 UNTRAINED = "no trained token"
+IDENTICAL = "chosen and rejected are the same, so there is nothing to compare"
+SAME_TOKENS = "chosen and rejected come out as the same tokens"
+PROMPT_TOO_LONG = "prompt longer than max_prompt_len"
 TRUNCATED = "rows truncated to sequence_len"
+PROMPT_TRUNCATED = "prompts truncated to max_prompt_len"
 SPLIT = "texts split into documents of sequence_len"
 
 _SHOWN = 3
@@ -73,6 +77,9 @@ class SourceReport:
     tokens: int = 0
     trained_tokens: int = 0
     longest: int = 0
+    """Tokens of the longest document; of pairs, of the longest answer with its prompt."""
+    unit: str = "documents"
+    """What a row becomes: documents, pairs of answers, or answers."""
     dropped: Tallies = field(default_factory=dict)
     notes: Tallies = field(default_factory=dict)
     unused_columns: list[str] = field(default_factory=list)
@@ -95,7 +102,7 @@ class SourceReport:
         left = sum(tally.count for tally in self.dropped.values())
         yield (
             logging.INFO,
-            f"{self.path} ({self.type}): {self.rows:,} rows, {self.kept:,} documents, {self.tokens:,} tokens "
+            f"{self.path} ({self.type}): {self.rows:,} rows, {self.kept:,} {self.unit}, {self.tokens:,} tokens "
             f"({self.trained_tokens:,} trained), the longest {self.longest:,}; {left:,} left out",
         )
         for reason, tally in self.dropped.items():
@@ -108,6 +115,36 @@ class SourceReport:
             yield logging.INFO, f"{self.path}: {tally.count:,} {note}; {tally.where()}"
         if self.unused_columns:
             yield logging.INFO, f"{self.path}: columns that are not read: {', '.join(self.unused_columns)}"
+
+
+@dataclass(slots=True)
+class Balance:
+    """How many answers are desirable and how many are not, and what each weighs in the loss.
+
+    Ethayarajh et al. 2024 (KTO, section 4.2) choose the weights so that the two sides weigh between 1:1 and 4:3.
+    """
+
+    desirable: int
+    undesirable: int
+    desirable_weight: float
+    undesirable_weight: float
+
+    def line(self) -> tuple[int, str]:
+        """Log level and what to say of it."""
+        counts = f"{self.desirable:,} desirable and {self.undesirable:,} undesirable answers"
+        if not self.desirable or not self.undesirable:
+            return logging.WARNING, f"{counts}: there is nothing to tell apart, as kto needs both labels"
+        good, bad = self.desirable * self.desirable_weight, self.undesirable * self.undesirable_weight
+        weigh = f"{counts}, which weigh {good / bad:.2f}:1 in the loss; kto's authors keep that between 1:1 and 4:3"
+        if 0.9 * bad <= good <= 1.5 * bad:  # a few answers more or less are no reason to choose weights
+            return logging.INFO, weigh
+        if good > bad:
+            low, high = good / self.undesirable * 3 / 4, good / self.undesirable
+            change = f"kto_undesirable_weight between {low:.3g} and {high:.3g}"
+        else:
+            low, high = bad / self.desirable, bad / self.desirable * 4 / 3
+            change = f"kto_desirable_weight between {low:.3g} and {high:.3g}"
+        return logging.WARNING, f"{weigh}, which {change} would do"
 
 
 @dataclass(slots=True)
@@ -126,7 +163,16 @@ class DataReport:
     overlap: int = 0
     """Documents of the validation data that are in the training data as well."""
     histogram: list[tuple[int, int, int]] = field(default_factory=list)
-    """Lengths of training documents: shortest and longest of the bin, and how many."""
+    """Lengths of training documents (of pairs, of each answer with its prompt): shortest and longest of the bin, and
+    how many."""
+    unit: str = "documents"
+    """What a row is to the run: documents, pairs of answers, or answers."""
+    tokens_in_pairs: int = 0
+    """Tokens of the training data's pairs, each answer with its prompt."""
+    prompt_tokens: int = 0
+    """Tokens of the prompts of those pairs, counted once for both answers."""
+    balance: Balance | None = None
+    """Labels of the training data, where answers are desirable or not."""
 
     @property
     def rows(self) -> int:
@@ -170,18 +216,29 @@ class DataReport:
 
     def _levels_and_lines(self) -> list[tuple[int, str]]:
         lines = [line for source in [*self.sources, *self.test_sources] for line in source.lines()]
-        parts = f"{self.train_documents:,} documents to train on"
+        parts = f"{self.train_documents:,} {self.unit} to train on"
         if self.validation_documents:
             parts += f", {self.validation_documents:,} for validation"
         how = "from the cache" if self.cache_hit else "tokenised"
         lines.append((logging.INFO, f"{parts} ({how}, {self.seconds:.1f} s)"))
+        if self.tokens_in_pairs:
+            lines.append(
+                (
+                    logging.INFO,
+                    f"{self.prompt_tokens:,} tokens of prompts stand before both answers of a pair: as many of "
+                    f"{self.tokens_in_pairs:,} ({self.prompt_tokens / self.tokens_in_pairs:.0%}) need not be "
+                    "computed twice",
+                )
+            )
+        if self.balance is not None:
+            lines.append(self.balance.line())
         if self.duplicates:
-            lines.append((logging.INFO, f"{self.duplicates:,} training documents are repeats of others"))
+            lines.append((logging.INFO, f"{self.duplicates:,} training {self.unit} are repeats of others"))
         if self.overlap:
             lines.append(
                 (
                     logging.WARNING,
-                    f"{self.overlap:,} of {self.validation_documents:,} validation documents are in the "
+                    f"{self.overlap:,} of {self.validation_documents:,} validation {self.unit} are in the "
                     "training data too, token for token: the validation loss is too good by that",
                 )
             )

@@ -26,10 +26,13 @@ import numpy as np
 import numpy.typing as npt
 
 from luthier.config import Config, DatasetEntry
+from luthier.config.preference_types import preference_type
 from luthier.data import report as said
-from luthier.data.examples import ChatExample, Example, TextExample, TokenExample
+from luthier.data.examples import ChatExample, Example, PreferenceExample, TextExample, TokenExample
 from luthier.data.files import Row
-from luthier.data.formats import columns_of, example_of, kind_of_entry
+from luthier.data.formats import columns_of, examples_of, kind_of_entry
+from luthier.data.lengths import cut_answers, too_long
+from luthier.data.preferences import LeftOut
 from luthier.data.readers import Rows
 from luthier.data.report import Tallies, Tally
 from luthier.errors import DataError
@@ -85,7 +88,7 @@ class Tokeniser:
 
     def chunk(self, entry: DatasetEntry, rows: Sequence[ReadRow]) -> Chunk:
         """Raises DataError with the row's location, unless `skip_bad_rows` counts it."""
-        builder = _Builder(entry, self.config, rows)
+        builder = _Builder(entry, self.config, rows, self.renderer.encoder.opening)
         examples = builder.examples()
         rendered = self.renderer.render_each([example for _, _, example in examples], entry)
         for (number, location, example), result in zip(examples, rendered, strict=True):
@@ -99,13 +102,18 @@ class Tokeniser:
 class _Builder:
     """Collects the documents of one chunk."""
 
-    def __init__(self, entry: DatasetEntry, config: Config, rows: Sequence[ReadRow]) -> None:
+    def __init__(
+        self, entry: DatasetEntry, config: Config, rows: Sequence[ReadRow], opening: list[int]
+    ) -> None:
         self.entry = entry
+        self.opening = opening
         self.rows = rows
         self.skip_bad_rows = config.data.skip_bad_rows
         self.limit = config.data.sequence_len
         self.strategy = config.data.excess_length_strategy
-        self.splits = kind_of_entry(entry) == "completion"
+        self.rl = config.preference.rl
+        self.max_prompt = config.preference.max_prompt_len
+        self.splits = kind_of_entry(entry, self.rl) == "completion"
         own = entry.train_on_inputs
         self.train_on_inputs = config.data.train_on_inputs if own is None else own
         self.ids: list[npt.NDArray[np.int32]] = []
@@ -125,12 +133,17 @@ class _Builder:
                 if isinstance(row, DataError):
                     raise row
                 self.columns.update(row)
-                examples.append((number, location, example_of(row, self.entry, self.train_on_inputs, notes)))
+                made = examples_of(row, self.entry, self.train_on_inputs, self.rl, notes)
+                examples += [(number, location, example) for example in made]
+            except LeftOut as left:
+                self._drop(str(left), location)
+                continue
             except DataError as error:
                 self.bad_row(location, error)
                 continue
             for note, count in notes.items():
-                self._note(note, location, count=count)
+                if count:
+                    self._note(note, location, count=count)
         return examples
 
     def bad_row(self, location: str, error: DataError) -> None:
@@ -147,6 +160,9 @@ class _Builder:
         ids = np.asarray(rendered.input_ids, dtype=np.int32)
         labels = np.asarray(rendered.labels, dtype=np.int32)
         lengths = list(rendered.lengths) if rendered.lengths else [len(ids)]
+        if isinstance(example, PreferenceExample):
+            self._add_answers(number, location, example, ids, labels, lengths, rendered.prompt)
+            return
         if self.splits:
             pieces = _split(len(ids), self.limit)
             if len(pieces) > 1:
@@ -176,6 +192,42 @@ class _Builder:
             ids, labels, lengths = ids[: self.limit], labels[: self.limit], _cut(lengths, self.limit)
         self._keep(number, location, example, ids, labels, lengths)
 
+    def _add_answers(
+        self,
+        number: int,
+        location: str,
+        example: PreferenceExample,
+        ids: npt.NDArray[np.int32],
+        labels: npt.NDArray[np.int32],
+        lengths: list[int],
+        prompt: int,
+    ) -> None:
+        """Answers to one prompt, within the limits of lengths."""
+        reason, detail = too_long(prompt, lengths, self.limit, self.max_prompt)
+        if reason and self.strategy == "raise":
+            raise DataError(
+                f"{location}: {detail} ({reason}). Raise the limit, or let `excess_length_strategy` drop or truncate "
+                "such rows."
+            )
+        if reason and self.strategy == "drop":
+            self._drop(reason, location, detail)
+            return
+        if reason:
+            self._note(said.PROMPT_TRUNCATED if reason == said.PROMPT_TOO_LONG else said.TRUNCATED, location, detail)
+            opening = len(self.opening) if ids[: len(self.opening)].tolist() == self.opening else 0
+            ids, labels, lengths, prompt = cut_answers(
+                ids, labels, lengths, prompt, opening, self.limit, self.max_prompt
+            )
+        first = lengths[0]
+        if len(lengths) == 2 and np.array_equal(ids[:first], ids[first:]):
+            self._drop(said.SAME_TOKENS, location)
+            return
+        sides = [labels[:first], labels[first:]][: len(lengths)]
+        if any((side[max(prompt, 1) :] == IGNORED).all() for side in sides):
+            self._drop(said.UNTRAINED, location, "an answer of which nothing is left")
+            return
+        self._keep(number, location, example, ids, labels, lengths, prompt)
+
     def _keep(
         self,
         number: int,
@@ -184,6 +236,7 @@ class _Builder:
         ids: npt.NDArray[np.int32],
         labels: npt.NDArray[np.int32],
         lengths: list[int],
+        prompt: int = 0,
     ) -> None:
         if len(lengths) == 1:
             if len(labels) and labels[0] != IGNORED:
@@ -197,11 +250,20 @@ class _Builder:
             self._drop(said.UNTRAINED, location, _why_untrained(example, self.entry, len(ids)))
             return
         name, _, line = location.rpartition(":")
-        digest = int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little")
+        hashed = hashlib.blake2b(ids.tobytes(), digest_size=8)
+        chosen, desirable = 0, 1
+        if isinstance(example, PreferenceExample):
+            # The same tokens are another example with the other label, or with the answers parted elsewhere.
+            chosen = int(np.count_nonzero(labels[: lengths[0]] != IGNORED)) if len(lengths) == 2 else 0
+            desirable = int(example.desirable)
+            hashed.update(repr((prompt, lengths, desirable)).encode())
+        digest = int.from_bytes(hashed.digest(), "little")
         file = self.files.setdefault(name, len(self.files))
         self.ids.append(ids)
         self.labels.append(labels)
-        self.documents.append((len(ids), trained, number, file, int(line), len(lengths), 0, 0, 1, digest))
+        self.documents.append(
+            (len(ids), trained, number, file, int(line), len(lengths), prompt, chosen, desirable, digest)
+        )
         self.parts += lengths
 
     def done(self) -> Chunk:
@@ -213,7 +275,7 @@ class _Builder:
             np.array(self.parts, dtype=np.int64),
             list(self.files),
             len(self.rows),
-            self.columns - columns_of(self.entry),
+            self.columns - columns_of(self.entry, self.rl),
             self.dropped,
             self.notes,
         )
@@ -276,8 +338,11 @@ def tokenise(
 
 
 def _processes(tokeniser: Tokeniser, entry: DatasetEntry) -> int:
-    kind = kind_of_entry(entry)
+    kind = kind_of_entry(entry, tokeniser.config.preference.rl)
     in_rust = getattr(tokeniser.renderer.tokenizer, "is_fast", False)
+    if kind == "preference":
+        form = getattr(preference_type(entry), "form", None)
+        kind = "chat_template" if form in ("any", "template") else "prompt"
     if kind == "tokens" or (kind != "chat_template" and in_rust):
         return 1
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

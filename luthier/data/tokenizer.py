@@ -10,7 +10,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.config import Config
+from luthier.config import Config, DatasetEntry
 from luthier.data import templates
 from luthier.data.chat import ChatTemplate
 from luthier.data.encode import TextEncoder
@@ -63,7 +63,7 @@ def terminator_ids(tokenizer: PreTrainedTokenizerBase, config: Config) -> tuple[
     """Ids at which generation stops: EOS, what ends an answer in the chat templates, and `eot_tokens`."""
     ends = list(config.data.eot_tokens or ())
     if tokenizer.chat_template:
-        choices = {entry.chat_template for entry in config.data.datasets if is_chat(entry.type)} or {None}
+        choices = {entry.chat_template for entry in config.data.datasets if _templated(entry)} or {None}
         for choice in sorted(choices, key=str):
             ends += chat_template_of(tokenizer, config, choice).habits.last_terminators
     ids = [tokenizer.eos_token_id, *(tokenizer.convert_tokens_to_ids(token) for token in ends)]
@@ -89,6 +89,11 @@ def chat_template_of(tokenizer: PreTrainedTokenizerBase, config: Config, choice:
 def is_chat(kind: Any) -> bool:
     """Whether a dataset entry's `type` needs a chat template."""
     return isinstance(kind, str) and kind.startswith("chat_template")
+
+
+def _templated(entry: DatasetEntry) -> bool:
+    """Whether an entry says that it uses a template; rows of preference data without a type may use one too."""
+    return is_chat(entry.type) or (entry.type is None and entry.chat_template is not None)
 
 
 def _load(config: Config) -> PreTrainedTokenizerBase:
@@ -164,7 +169,7 @@ def _set_template(tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
     for key in ("datasets", "test_datasets"):
         for at, entry in enumerate(getattr(data, key)):
             _chosen(config, f"{key}.{at}.chat_template", entry.chat_template, None, own)
-    entries = [entry for entry in (*data.datasets, *data.test_datasets) if is_chat(entry.type)]
+    entries = [entry for entry in (*data.datasets, *data.test_datasets) if _templated(entry)]
     if data.chat_template is None and data.chat_template_jinja is None and entries:
         # The entries agree on a template of their own: then it is the one that is saved with the model.
         of_entries = {entry.chat_template for entry in entries}

@@ -3,7 +3,8 @@
 Instruction data repeats itself at the start: a template's preamble, a system prompt, the question that several
 answers share. In a causal model the hidden states of such a prefix are the same in each document, so one
 computation serves all, and the gradients that the documents send back to it add up by themselves. It is
-exact, so long as nothing tells two documents' prefixes apart (dropout does).
+exact, so long as nothing tells two documents' prefixes apart. Dropout does, but for answers to one prompt that draw
+its masks alike: then the documents of such a group share the prompt and nothing else.
 
     rows      P P P a a        segments      P P P        parent -1
               P P P b                              a a    parent 0
@@ -16,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +26,10 @@ import numpy.typing as npt
 # the prefix's keys and values: at the shape of a 135M model on a CPU about 0.2 ms in each layer, which is what one
 # token costs there. A smaller model's tokens are cheaper, hence the distance.
 MIN_SHARED = 8
+
+
+# What may be shared: nothing, the prompt of a row's answers, or what any documents of a pass begin with.
+Sharing = Literal["", "rows", "all"]
 
 
 @dataclass(frozen=True)
@@ -51,12 +57,18 @@ def plain_forest(lengths: Sequence[int]) -> Forest:
     return Forest(tuple(lengths), (-1,) * n, tuple(range(n)), (0,) * n, places)
 
 
-def shared_forest(documents: Sequence[npt.NDArray[np.integer]]) -> Forest:
+def shared_forest(
+    documents: Sequence[npt.NDArray[np.integer]], groups: Sequence[tuple[int, int]] | None = None
+) -> Forest:
     """The forest of token sequences in which what two or more begin with is one segment, where it pays.
 
     A document that is another's beginning, or its equal, needs no segment of its own.
+
+    Args:
+        groups: for each document the number of its group, and how many first tokens it may share with others of that
+            group, which is the same for all of them; None lets all share all.
     """
-    order, common = sorted_by_beginning(documents)
+    order, common = sorted_by_beginning(documents, groups)
     if not any(common):
         return plain_forest([len(document) for document in documents])
     lengths: list[int] = []
@@ -85,8 +97,13 @@ def shared_forest(documents: Sequence[npt.NDArray[np.integer]]) -> Forest:
     return Forest(tuple(lengths), tuple(parents), tuple(owners), tuple(starts), tuple(places))
 
 
-def cut_by_beginning(documents: Sequence[npt.NDArray[np.integer]], budget: int) -> list[list[int]]:
+def cut_by_beginning(
+    documents: Sequence[npt.NDArray[np.integer]], budget: int, beside: Sequence[int] | None = None
+) -> list[list[int]]:
     """Passes of at most `budget` tokens that are computed, of documents that begin alike as far as it goes.
+
+    Args:
+        beside: tokens that come with each document, beside its own.
 
     Returns:
         Indices into `documents`, pass by pass, each in ascending order; a longer document is a pass by itself.
@@ -95,25 +112,32 @@ def cut_by_beginning(documents: Sequence[npt.NDArray[np.integer]], budget: int) 
     passes: list[list[int]] = []
     room = -1
     for index, shared in zip(order, common, strict=True):
-        if len(documents[index]) - shared > room:
+        tokens = len(documents[index]) + (beside[index] if beside else 0)
+        if tokens - shared > room:
             passes.append([])
             room, shared = budget, 0
         passes[-1].append(index)
-        room -= len(documents[index]) - shared
+        room -= tokens - shared
     return [sorted(pass_) for pass_ in passes]
 
 
-def sorted_by_beginning(documents: Sequence[npt.NDArray[np.integer]]) -> tuple[list[int], list[int]]:
-    """Indices in lexicographic order, and how many first tokens each has in common with the one before it.
+def sorted_by_beginning(
+    documents: Sequence[npt.NDArray[np.integer]], groups: Sequence[tuple[int, int]] | None = None
+) -> tuple[list[int], list[int]]:
+    """Indices in lexicographic order, group by group, and how many first tokens each shares with the one before it.
 
     Fewer than `MIN_SHARED` count as none. In this order the documents that share a beginning are neighbours,
     and two of them share the least of what neighbours between them do.
     """
     keys = [np.asarray(document).astype(">i4").tobytes() for document in documents]
-    order = sorted(range(len(documents)), key=keys.__getitem__)
+    if groups is None:
+        groups = [(0, max(map(len, documents), default=0))] * len(documents)
+    order = sorted(range(len(documents)), key=lambda index: (groups[index][0], keys[index]))
     common = [0]
     for one, other in pairwise(order):
-        n = min(len(documents[one]), len(documents[other]))
+        n = min(len(documents[one]), len(documents[other]), groups[other][1])
+        if groups[one][0] != groups[other][0]:
+            n = 0
         differ = np.flatnonzero(documents[one][:n] != documents[other][:n])
         shared = int(differ[0]) if len(differ) else n
         common.append(shared if shared >= MIN_SHARED else 0)

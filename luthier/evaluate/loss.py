@@ -11,6 +11,7 @@ from torch import nn
 from luthier.data.dataset import TokenDataset
 from luthier.data.loader import make_batch
 from luthier.data.packing import cut_into_passes, split_evenly
+from luthier.data.tree import Sharing
 
 
 @torch.no_grad()
@@ -20,7 +21,7 @@ def evaluate_loss(
     *,
     tokens_per_pass: int,
     alone: bool,
-    share: bool = False,
+    share: Sharing = "",
     device: torch.device,
     rank: int = 0,
     processes: int = 1,

@@ -74,7 +74,8 @@ def validation_prompts(
     """The prompts and first answers of `count` documents, evenly spaced over the validation set.
 
     The prompt is what comes before the first trained token. A raw text has nothing there: its beginning is
-    the prompt, and the rest is what is expected.
+    the prompt, and the rest is what is expected. Of a pair, the chosen answer is expected, and where an answer is
+    undesirable, none.
     """
     places = np.unique(
         np.linspace(0, len(validation) - 1, num=min(count, len(validation))).round().astype(int)
@@ -86,9 +87,12 @@ def validation_prompts(
         start = int(trained.argmax())
         answered = int((~trained[start:]).argmax()) or len(ids) - start
         end = start + answered
-        if start <= 1:  # at most a BOS
+        if document.prompt:
+            start, end = document.prompt, (document.lengths or (len(ids),))[0]
+        elif start <= 1:  # at most a BOS
             start, end = max(1, min(RAW_PROMPT, len(ids) // 2)), len(ids)
         prompt = [int(token) for token in ids[:start]]
         answer = [int(token) for token in ids[start:end]]
-        prompts.append(SamplePrompt(decode(tokenizer, prompt), prompt, decode(tokenizer, answer)))
+        expected = decode(tokenizer, answer) if document.desirable else None
+        prompts.append(SamplePrompt(decode(tokenizer, prompt), prompt, expected))
     return prompts

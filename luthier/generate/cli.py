@@ -76,7 +76,8 @@ def command(
         notice_missing_network()
     opened, tokenizer, own = open_for_inference(model)
     config, entry = asking_format(model, tokenizer, own, raw=raw)
-    prompt_ids = Renderer(tokenizer, config).prompt_ids(prompt_example(entry, text, input, system), entry)
+    example = prompt_example(entry, text, input, system, config.preference.rl)
+    prompt_ids = Renderer(tokenizer, config).prompt_ids(example, entry)
     terminators = {*terminator_ids(tokenizer, config), *default_terminators(opened)}
     engine = Engine(opened, tokenizer, sorted(terminators), default_new_tokens=LONGEST)
     began = time.perf_counter()

@@ -60,9 +60,12 @@ def linear_logps(
     Returns:
         logp_N in fp32 (with gradient) and correct_N, boolean.
     """
+    if not torch.is_grad_enabled():
+        hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
+        bias_V = None if bias_V is None else bias_V.detach()
     trained = weight_VD.requires_grad or (bias_V is not None and bias_V.requires_grad)
     narrow = weight_VD.dtype != hidden_ND.dtype
-    if narrow or (torch.is_grad_enabled() and not (trained and loss_weight_N is None)):
+    if narrow or not trained or loss_weight_N is not None:
         return _LinearLogps.apply(hidden_ND, weight_VD, bias_V, target_N, loss_weight_N, scale, softcap)
     return head_logps(
         hidden_ND,

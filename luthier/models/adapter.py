@@ -22,6 +22,10 @@ class Adapter:
     enabled: bool = True
     dropout: float = 0.0
 
+    def idle(self) -> bool:
+        """Whether with the values that it has now, the module computes what it computes with the adapter off."""
+        raise NotImplementedError
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Name in PEFT's files, below the module's path -> the live tensor."""
         raise NotImplementedError
@@ -53,6 +57,11 @@ class ForwardAdapter(Adapter):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
+
+
+def adds_nothing(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether B A is 0 because A or B is."""
+    return not (bool(a.any()) and bool(b.any()))
 
 
 def scale_of(alpha: float, r: int, rslora: bool) -> float:

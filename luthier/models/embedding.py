@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from luthier.models.adapter import ForwardAdapter, scale_of
+from luthier.models.adapter import ForwardAdapter, adds_nothing, scale_of
 from luthier.models.deltas import adapted_weight
 from luthier.models.dora import Magnitude
 
@@ -59,6 +59,11 @@ class LoRAEmbedding(ForwardAdapter):
 
     def _low_rank(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.module.lora_embedding_A, self.module.lora_embedding_B
+
+    def idle(self) -> bool:
+        if not adds_nothing(*self._low_rank()):
+            return False
+        return self.magnitude is None or torch.equal(self.module.lora_magnitude_vector, self.magnitude.norms())
 
     def tensors(self) -> dict[str, torch.Tensor]:
         names = ["lora_embedding_A", "lora_embedding_B"]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from luthier.models.adapter import ForwardAdapter, scale_of
+from luthier.models.adapter import ForwardAdapter, adds_nothing, scale_of
 
 
 class LoRAExperts(ForwardAdapter):
@@ -68,6 +68,10 @@ class LoRAExperts(ForwardAdapter):
         weight = self.module._parameters[name]
         a, b = (getattr(self.module, f"{name}_lora_{part}") for part in "AB")
         return adapted_experts(weight, a, b, self.scales[name], turned=self._turned(weight))
+
+    def idle(self) -> bool:
+        both = [[getattr(self.module, f"{name}_lora_{part}") for part in "AB"] for name in self.ranks]
+        return all(adds_nothing(a, b) for a, b in both)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from luthier.config import AdapterConfig
 from luthier.errors import ModelError
 from luthier.kernels.lora_linear import Linear, lora_linears
-from luthier.models.adapter import Adapter, scale_of
+from luthier.models.adapter import Adapter, adds_nothing, scale_of
 from luthier.models.deltas import adapted_weight
 from luthier.models.dora import Magnitude
 from luthier.models.embedding import LoRAEmbedding
@@ -47,18 +47,18 @@ log = logging.getLogger("luthier")
 class DropoutState:
     """What seeds the dropout of a pass, shared by all of a model's LoRA layers.
 
-    A document's mask depends on the seed, the layer and the document alone, never on its neighbours in the
-    pass, so a step drops the same elements however it is cut. It stays in place until the next forward,
-    because recomputation in backward must see it again.
+    The mask of a stretch of tokens (a document, or the prompt of a pair) depends on its seed, its length and the layer
+    alone, never on its neighbours in the pass, so a step drops the same elements however it is cut. It stays in
+    place until the next forward, because recomputation in backward must see it again.
     """
 
-    lengths: Sequence[int] = ()
+    lengths: Sequence[int] = ()  # tokens of each stretch
     seeds: Sequence[int] = ()
     active: bool = False  # whether any layer drops out at all
     generators: dict[torch.device, torch.Generator] = field(default_factory=dict)
 
     def keep(self, x: torch.Tensor, p: float, layer: int) -> torch.Tensor:
-        """What dropout leaves of a layer's input (..., T, D): a boolean mask (T, D), drawn document by document."""
+        """What dropout leaves of a layer's input (..., T, D): a boolean mask (T, D), drawn stretch by stretch."""
         rows, width = x.numel() // x.shape[-1], x.shape[-1]
         if sum(self.lengths) != rows:  # called from outside a flat pass, e.g. by another library's trainer
             return torch.rand(rows, width, device=x.device) >= p
@@ -162,6 +162,11 @@ class LoRALinear(FrozenLinear, Adapter):
         stored = (rest.t() if self.transposed else rest).to(self.weight.dtype).contiguous()
         self.weight = nn.Parameter(stored, requires_grad=False)
 
+    def idle(self) -> bool:
+        if self.start_A is None or self.start_B is None:
+            return adds_nothing(self.lora_A, self.lora_B)
+        return torch.equal(self.lora_A, self.start_A) and torch.equal(self.lora_B, self.start_B)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         return {"lora_A.weight": self.lora_A, "lora_B.weight": self.lora_B}
 
@@ -221,6 +226,9 @@ class DoRALinear(LoRALinear):
             return out
         out = (out * self.magnitude.factor(self.lora_magnitude_vector)).to(out.dtype)
         return out if self.bias is None else out + self.bias
+
+    def idle(self) -> bool:
+        return super().idle() and torch.equal(self.lora_magnitude_vector, self.magnitude.norms())
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {**super().tensors(), "lora_magnitude_vector": self.lora_magnitude_vector}

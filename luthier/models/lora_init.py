@@ -75,7 +75,7 @@ def begin(
         else:
             a, b = principal_parts(layer.weight_in(torch.float32), r, layer.scale, str(how), seed)
         layer.take_out(a.to(layer.lora_A), b.to(layer.lora_B))
-    elif sources.earlier is not None:
+    elif sources.earlier is not None and not (how == "loftq" and sources.original is not None):
         return  # the checkpoint's values follow
     elif how == "gaussian":
         drawn = torch.empty(layer.lora_A.shape).normal_(

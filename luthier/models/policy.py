@@ -7,9 +7,10 @@ The backbone gives hidden states; the head sees the labelled positions only.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from luthier.kernels.linear_ce import head_logps, linear_logps, transform_logits
 from luthier.models.attention import NAME, flat_pass
 from luthier.models.frozen import FrozenLinear
 from luthier.models.load import decoder_of, text_config_of
-from luthier.models.lora import DropoutState, lora_layers
+from luthier.models.lora import DropoutState, lora_layers, mix
 
 log = logging.getLogger("luthier")
 
@@ -32,7 +33,8 @@ class FlatBatch(Protocol):
         lengths: tokens of each document, adding up to T. cu_seqlens: (D + 1,) int32, their running sum from 0.
         parents: -1 for each document. Where documents share beginnings, D counts segments, and a segment goes
             on from that of the index `parents` gives: in its positions, and it attends to all its ancestors.
-        seeds: one integer per document, for dropout.
+        drawn: tokens of each stretch whose dropout is drawn together, adding up to T; not necessarily documents.
+        seeds: one integer per stretch.
         position_N: (N,) int64, the token whose hidden state predicts the label. target_N: (N,) int64; several
             of one position where documents part.
         weight_N: (N,) fp32, loss weights.
@@ -48,6 +50,8 @@ class FlatBatch(Protocol):
     def lengths(self) -> Sequence[int]: ...
     @property
     def parents(self) -> Sequence[int]: ...
+    @property
+    def drawn(self) -> Sequence[int]: ...
     @property
     def seeds(self) -> Sequence[int]: ...
     @property
@@ -113,18 +117,22 @@ class Policy(nn.Module):
         self.convention = HeadConvention.of(model)
         self.why_not_shared = "" if flat and own_head else "documents run one per pass"
 
-    def may_share(self) -> bool:
-        """Whether documents of a batch may share what they begin with; says why not."""
-        why_not = self.why_not_shared
+    def may_share(self) -> Literal["", "rows", "all"]:
+        """Which documents of a batch may share what they begin with in training: all, the answers of one row (their
+        prompt), or none; says why not all."""
+        if self.why_not_shared:
+            log.info("documents share no prefixes: %s", self.why_not_shared)
+            return ""
         if any(layer.dropout for layer in lora_layers(self.model).values()):
-            why_not = "lora_dropout is drawn for each document"
-        if why_not:
-            log.info("documents share no prefixes: %s", why_not)
-        return not why_not
+            log.info(
+                "documents share no prefixes: lora_dropout is drawn for each document (for a pair once over its prompt)"
+            )
+            return "rows"
+        return "all"
 
     def forward(self, batch: FlatBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs (N,) in fp32 and whether each label was the first choice (N,), in the batch's order."""
-        self.dropout.lengths, self.dropout.seeds = batch.lengths, batch.seeds
+        self.dropout.lengths, self.dropout.seeds = batch.drawn, batch.seeds
         if not self.own_head:
             return self._logps_by_model(batch)
         hidden_ND = self.hidden(
@@ -168,13 +176,14 @@ class Policy(nn.Module):
         decoder = decoder_of(self.model)
         if not self.flat:
             documents = input_ids.split(list(lengths))
-            hidden_TD = torch.cat(
-                [decoder(input_ids=ids[None], use_cache=False).last_hidden_state[0] for ids in documents]
-            )
+            with self._seeded(documents):
+                hidden_TD = torch.cat(
+                    [decoder(input_ids=ids[None], use_cache=False).last_hidden_state[0] for ids in documents]
+                )
             return hidden_TD if rows is None else hidden_TD.index_select(0, rows)
         longest = max(lengths)
         # Dropout's masks are drawn for all tokens of a document, so that they do not depend on its labels.
-        dropped = self.training and self.dropout.active
+        dropped = self.model.training and self.dropout.active
         last = {"label_rows": rows} if self.rows_in_last_layer and rows is not None and not dropped else {}
         # transformers takes a mask of four dimensions as it is. Given none, it looks at the positions for documents,
         # and that waits for the device; this one is never read.
@@ -201,14 +210,28 @@ class Policy(nn.Module):
     def _logps_by_model(self, batch: FlatBatch) -> tuple[torch.Tensor, torch.Tensor]:
         pieces = []
         start = 0
-        for ids in batch.input_ids.split(list(batch.lengths)):
-            inside = (batch.position_N >= start) & (batch.position_N < start + len(ids))
-            logits = self.model(input_ids=ids[None], use_cache=False).logits[0].float()
-            pieces.append(logits[batch.position_N[inside] - start])
-            start += len(ids)
+        documents = batch.input_ids.split(list(batch.lengths))
+        with self._seeded(documents):
+            for ids in documents:
+                inside = (batch.position_N >= start) & (batch.position_N < start + len(ids))
+                logits = self.model(input_ids=ids[None], use_cache=False).logits[0].float()
+                pieces.append(logits[batch.position_N[inside] - start])
+                start += len(ids)
         logits_NV = torch.cat(pieces)
         logp = logits_NV.log_softmax(-1).gather(-1, batch.target_N[:, None])[:, 0]
         return logp, logits_NV.argmax(-1) == batch.target_N
+
+    @contextmanager
+    def _seeded(self, documents: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Where several documents of a batch run one after another. Dropout is drawn from torch's own generator then,
+        which recomputation in backward restores; a step that is repeated has to draw the same."""
+        if len(documents) < 2 or not (self.model.training and self.dropout.active):
+            yield
+            return
+        device = documents[0].device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(mix(*self.dropout.seeds))
+            yield
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Full logits of some hidden states, for proofs."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from torch import nn
 
 
 def sft(logp_N: torch.Tensor, weight_N: torch.Tensor, step_weight: float) -> torch.Tensor:
@@ -17,3 +21,22 @@ def sft(logp_N: torch.Tensor, weight_N: torch.Tensor, step_weight: float) -> tor
         step_weight: sum of the loss weights of the step, over all passes and ranks; > 0.
     """
     return -(weight_N * logp_N).sum() / step_weight
+
+
+class SFT:
+    """The objective of supervised fine-tuning, as `train.loop` calls objectives."""
+
+    sums = 2
+
+    def begin(self, *step: Any) -> None:
+        """Nothing has to be known before the first pass."""
+
+    def __call__(self, policy: nn.Module, batch: Any, step: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        logp_N, hit_N = policy(batch)
+        sums = torch.stack([(hit_N * batch.weight_N).sum(), batch.weight_N.sum()])
+        return sft(logp_N, batch.weight_N, float(max(1, step.trained_tokens))), sums
+
+    def figures(self, sums: Sequence[float]) -> dict[str, float]:
+        """`token_accuracy`: share of trained tokens that were the model's first choice."""
+        hits, tokens = sums
+        return {"token_accuracy": hits / max(1.0, tokens)}

@@ -39,11 +39,7 @@ def command(
     """Say what a run will need: memory, steps, time, cost; without weights and without a GPU."""
     loaded = Config.load(config, overrides or [])
     card = _card(gpu, memory)
-    if tokens is not None and rows is not None and not rows <= tokens <= rows * loaded.data.sequence_len:
-        raise ConfigError(
-            f"--tokens {tokens:,} in --rows {rows:,}: a document has at least one token and at most sequence_len "
-            f"({loaded.data.sequence_len:,}); correct one of the three"
-        )
+    _check_stated(loaded, tokens, rows)
     if fit:
         for name, unread in (
             ("--tokens", tokens),
@@ -73,6 +69,19 @@ def command(
     print(json.dumps(text.as_json(plan, speed), indent=2) if as_json else text.as_text(plan, speed))
 
 
+def _check_stated(config: Config, tokens: int | None, rows: int | None) -> None:
+    if tokens is None or rows is None:
+        return
+    limit = config.data.sequence_len
+    pairs = config.preference.rl not in (None, "kto")
+    if not rows <= tokens <= rows * limit * (2 if pairs else 1):
+        each = "either answer of a pair with its prompt" if pairs else "a document"
+        raise ConfigError(
+            f"--tokens {tokens:,} in --rows {rows:,}: {each} has at least one token and at most sequence_len "
+            f"({limit:,}); correct one of the three"
+        )
+
+
 def plan_of(config: Config, card: Card | None, *, tokens: int | None = None, rows: int | None = None) -> Plan:
     """The plan of a config.
 
@@ -89,7 +98,7 @@ def plan_of(config: Config, card: Card | None, *, tokens: int | None = None, row
     from luthier.models.quantize import check_format, check_trains
     from luthier.plan.plan import make_plan
     from luthier.plan.read import engine_of, on_cpu, training_shape
-    from luthier.plan.work import work_stated
+    from luthier.plan.work import unit_of, work_stated
 
     config = with_adapter_settings(config)
     model_config = read_model_config(config.model)
@@ -108,8 +117,9 @@ def plan_of(config: Config, card: Card | None, *, tokens: int | None = None, row
     vocabulary = 0
     if tokens is not None or rows is not None:
         named = [f"{tokens:,} tokens"] if tokens else []
-        named += [f"{rows:,} documents"] if rows else []
-        work = work_stated(config, tokens, rows, f"{' in '.join(named)}, as stated")
+        named += [f"{rows:,} {unit_of(config.preference.rl)}"] if rows else []
+        assumed = f"; {_prompts_assumed(config)}" if config.preference.rl else ""
+        work = work_stated(config, tokens, rows, f"{' in '.join(named)}, as stated{assumed}")
     else:
         work, vocabulary = _work(config)
     shape = training_shape(config, model_config, tokens=vocabulary)
@@ -120,9 +130,13 @@ def plan_of(config: Config, card: Card | None, *, tokens: int | None = None, row
 def _work(config: Config) -> tuple[Work, int]:
     """From the data where it is at hand, and the tokenizer's size; otherwise says what is assumed."""
     from luthier.data.tokenizer import load_tokenizer
-    from luthier.plan.work import work_from_data, work_stated
+    from luthier.plan.work import unit_of, work_from_data, work_stated
 
-    assumed = "every document is taken to be sequence_len long; --tokens and --rows say how many there are"
+    assumed = "every document is taken to be sequence_len long"
+    if config.preference.rl:
+        answers = "both answers" if unit_of(config.preference.rl) == "pairs" else "every answer"
+        assumed = f"{answers} with the prompt taken to be sequence_len long, {_prompts_assumed(config)}"
+    assumed += "; --tokens and --rows say how many there are"
     paths = [entry.path.split("#")[0] for entry in (*config.data.datasets, *config.data.test_datasets)]
     far = [path for path in paths if not Path(path).expanduser().exists() and not any(c in path for c in "*?[")]
     if far:
@@ -132,6 +146,11 @@ def _work(config: Config) -> tuple[Work, int]:
     except LuthierError as error:
         return work_stated(config, None, None, f"not read ({error}): {assumed}"), 0
     return work_from_data(config, tokenizer), len(tokenizer)
+
+
+def _prompts_assumed(config: Config) -> str:
+    limit = config.preference.max_prompt_len
+    return f"prompts taken to be {'half of that' if limit is None else f'{limit:,} tokens'}"
 
 
 def _card(gpu: str | None, memory: str | None) -> Card | None:
@@ -161,7 +180,8 @@ def _fit(config: Config, card: Card | None, cards: int, family: str | None, *, a
     asked = config.precision.gradient_checkpointing
     again = "nothing is" if asked is False else "layers are"
     settings = f"{name}, optimizer {config.training.optimizer}, {again} computed again in backward"
-    return text.fit_text(found, card, cards, config.data.sequence_len, settings)
+    pairs = config.preference.rl not in (None, "kto")
+    return text.fit_text(found, card, cards, config.data.sequence_len, settings, pairs=pairs)
 
 
 def _speed(
@@ -170,8 +190,10 @@ def _speed(
     """Work, speed, hours and cost as far as they can be known, and where the speed is from."""
     from luthier.plan.work import USUAL_MFU, flops_per_token, measured_speed
 
-    flops = flops_per_token(plan.shape, plan.work, plan.engine.recompute)
+    flops = flops_per_token(plan.shape, plan.work, plan.engine)
     found: dict[str, Any] = {"flops_per_token": flops}
+    if plan.work.forward_only:
+        found["forward_only"] = plan.work.forward_only
     peak = plan.card.tflops if plan.card is not None and plan.engine.compute == 2 else None
     if stated is not None:
         speed, source = stated, "as stated"

@@ -4,6 +4,9 @@ The prediction is the plan's, from the config and the shapes of the model, for t
 made. What is measured is the allocator's peak on CUDA. On a CPU it is the process's resident memory, of which the
 interpreter and its libraries have a share: what the process holds when the first pass begins, the model apart. That
 share is measured and added to the prediction, so that only the rest of it is put to the test.
+
+Passes are noted as the loader made them, so that a beginning that documents share counts once. In preference tuning
+the reference's passes come first and keep nothing; it is the policy's training passes that are noted.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ from luthier.models.device import peak_memory_gib
 from luthier.models.load import read_model_config
 from luthier.models.policy import Policy
 from luthier.models.recompute import Mode
-from luthier.plan.memory import Pass, memory_of
+from luthier.plan.engine import Pass
+from luthier.plan.memory import memory_of, starting_values
 from luthier.plan.read import engine_of, training_shape
 
 log = logging.getLogger("luthier")
@@ -60,28 +64,22 @@ class PeakWatch:
         self.config, self.device, self.dtype, self.vocabulary = config, device, dtype, vocabulary
         self.before = 0.0 if device.type == "cuda" else _resident_gib()
         self.earlier = 0.0 if device.type == "cuda" else peak_memory_gib(device)
+        self.beside: float | None = None
         self.largest: Pass | None = None
 
     def follow(self, policy: Policy, masters: Iterable[torch.Tensor]) -> None:
         """Note the passes of a policy in training; `masters` are what gradients are added up in."""
 
         def note(module: Any, args: tuple[Any, ...]) -> None:
+            if self.beside is None and self.before:  # the first pass of all, where the reference's copy is there
+                held = sum(p.nbytes for p in module.parameters()) / 2**30
+                self.beside = _resident_gib() - held
             if not (module.training and torch.is_grad_enabled()):
                 return
-            if self.largest is None and self.before:
-                held = sum(p.nbytes for p in module.parameters()) / 2**30
-                self.before = max(self.before, _resident_gib() - held)
             batch = args[0]
             if self.largest is None or len(batch.input_ids) > self.largest.tokens:
-                lengths = batch.lengths
-                self.largest = Pass(
-                    len(batch.input_ids),
-                    len(batch.position_N),
-                    max(lengths),
-                    sum(n * n for n in lengths),
-                    len(lengths),
-                    several=any(master.grad is not None for master in masters),
-                )
+                several = any(master.grad is not None for master in masters)
+                self.largest = Pass.of(batch.lengths, batch.parents, len(batch.position_N), several=several)
 
         policy.register_forward_pre_hook(note)
 
@@ -104,7 +102,9 @@ class PeakWatch:
         compute = self.dtype.itemsize
         frozen = min(engine.frozen, compute)
         engine = replace(engine, compute=compute, frozen=frozen, modes=tuple(modes))
-        predicted = self.before + memory_of(shape, engine, self.largest).total / 2**30
+        beside = (self.beside or 0.0) - starting_values(shape, engine) / 2**30
+        before = max(self.before, beside)
+        predicted = before + memory_of(shape, engine, self.largest).total / 2**30
         measured = peak_memory_gib(self.device)
         if self.earlier and measured <= self.earlier:
             log.info(
@@ -114,7 +114,7 @@ class PeakWatch:
                 self.earlier,
             )
             return None
-        return Peak(max(predicted, self.earlier), measured, self.before)
+        return Peak(max(predicted, self.earlier), measured, before)
 
 
 def _resident_gib() -> float:

@@ -8,95 +8,35 @@
 Gradients are there from the first pass of a step on, so with several passes a step they stand beside the
 activations. The peak is the largest of the four, and its parts are what is reported: they add up.
 
+Preference tuning has a fifth: the reference's forward pass, which comes before the policy's and keeps nothing. Where
+no adapter can be turned off for it, a copy of the starting values is there at every moment (`models.reference`).
+
 Kept tensors are counted exactly where the engine's fused modules run (`plan.shape`), what backward needs beside them
 as its largest temporaries. Not counted: the CUDA context and the allocator's gaps (`plan.cards` sets room aside for
-both), dequantised copies that are kept only while there is room, and shared prefixes, which make passes smaller.
+both), and dequantised copies that are kept only while there is room.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Literal
 
 import torch
 
 from luthier.kernels.cross_entropy import BLOCK_FLOATS as BLOCK_FLOATS_CPU
 from luthier.kernels.linear_ce import BLOCK_FLOATS, CHUNK_FLOATS
 from luthier.models.attention import REMEMBERED_FLOATS
-from luthier.models.recompute import TILE, Mode
+from luthier.plan.engine import BY_LAYER, Engine, Pass
 from luthier.plan.optimizers import state_bytes, temporary_bytes
 from luthier.plan.shape import Layer, Shape
-
-Quantised = Literal["4bit", "8bit", "fp8"]
 
 # Bytes of a number in NF4 with double quantisation: half a byte, an 8-bit scale for each block of 64, and an fp32
 # scale for each 256 of those (Dettmers et al. 2023, section 3). Without the second step the scales are fp32.
 NF4_BYTES, NF4_SINGLE_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256), 0.5 + 4 / 64
 # Layers' inputs on the device while the others wait in host memory: one in use, one on its way.
 IN_FLIGHT = 2
-# Modes in which a layer keeps nothing but its input.
-BY_LAYER: tuple[Mode, ...] = ("layer", "offload")
 # Most tokens that a search looks at.
 _MOST_TOKENS = 2**27
-
-
-@dataclass(frozen=True)
-class Engine:
-    """How a model is trained, as far as memory goes.
-
-    Attributes:
-        compute: bytes of a number that is computed with. frozen: of a frozen weight that is not quantised.
-        quantised: format of the decoder's frozen linear layers. double: whether NF4's scales are quantised too.
-        optimizer: its name. momentum: of sgd. masters: whether trained 16-bit weights have fp32 copies.
-            in_backward: steps are taken inside of the backward pass, so that gradients never exist together.
-        recompute: what is computed again in backward, as `models.recompute` calls it. modes: of each layer, where they
-            differ. tiled: MLPs keep their input only, whatever the mode. tile: tokens of an MLP's tile.
-        slices: attention runs document by document rather than in one call. cpu: where all of it runs.
-        cards: weights, gradients and optimizer are spread evenly over as many (FSDP's full sharding).
-    """
-
-    compute: int = 2
-    frozen: float = 2
-    quantised: Quantised | None = None
-    double: bool = True
-    optimizer: str = "adamw_torch_fused"
-    momentum: bool = False
-    masters: bool = True
-    in_backward: bool = False
-    recompute: Mode = "keep"
-    modes: tuple[Mode, ...] = ()
-    tiled: bool = False
-    tile: int = TILE["cuda"]
-    slices: bool = False
-    cpu: bool = False
-    cards: int = 1
-
-    def mode(self, index: int) -> Mode:
-        """Of one layer."""
-        return self.modes[index] if index < len(self.modes) else self.recompute
-
-    def in_tiles(self, index: int) -> bool:
-        """Whether gate and up of a layer's MLP are made again in backward, tile by tile."""
-        return self.tiled or self.mode(index) in ("mlp", *BY_LAYER)
-
-
-@dataclass(frozen=True)
-class Pass:
-    """The largest forward pass of a step.
-
-    Attributes:
-        tokens: in all. labels: of these trained. longest: of the longest document. documents: how many. pairs: of
-            tokens that attend to each other, the sum of the documents' squared lengths.
-        several: whether its step has other passes too.
-    """
-
-    tokens: int
-    labels: int
-    longest: int
-    pairs: int
-    documents: int = 1
-    several: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,6 +50,7 @@ class Memory:
     activations: float
     head: float
     workspace: float
+    reference: float
     moment: str
 
     @property
@@ -128,6 +69,7 @@ def memory_of(shape: Shape, engine: Engine, one: Pass) -> Memory:
     """The peak of a training step whose largest pass is `one`, once the optimizer has its state."""
     moments = [_forward(shape, engine, one), _head_backward(shape, engine, one), _backward(shape, engine, one)]
     moments += [_backward_done(shape, engine, one), _step(shape, engine)]
+    moments += [_reference(shape, engine, one)] if engine.reference else []
     return max(moments, key=lambda memory: memory.total)
 
 
@@ -177,8 +119,17 @@ def _base(shape: Shape, engine: Engine) -> Memory:
         activations=0.0,
         head=0.0,
         workspace=gathered + unpacked,
+        reference=starting_values(shape, engine),
         moment="",
     )
+
+
+def starting_values(shape: Shape, engine: Engine) -> float:
+    """Bytes that the reference keeps: of trained weights, and of adapters that do not begin where they add nothing."""
+    if not engine.reference:
+        return 0.0
+    adapters = 4 * shape.adapters if engine.moved else 0
+    return (engine.compute * shape.trained_16 + adapters) / engine.cards
 
 
 def _gradients(shape: Shape, engine: Engine) -> float:
@@ -232,9 +183,13 @@ def _kept(shape: Shape, engine: Engine, one: Pass, index: int, *, whole: bool = 
     if layer.heads:  # capped scores, and probabilities in fp32 and in the compute dtype
         each = engine.compute + 4 + (engine.compute if engine.compute < 4 else 0)
         kept += one.pairs * layer.heads * each
+    if one.gathered:
+        kept += engine.compute * ((one.gathered - one.tokens) * layer.keys - one.tokens * layer.joint)
     if engine.slices and 0 < layer.window < one.longest:  # a mask for each document; small ones are shared by layers
         own = one.longest**2 > REMEMBERED_FLOATS or index == 0
         kept += one.pairs * engine.compute if own else 0
+    elif engine.slices and not layer.heads:
+        kept += (one.masked_each + (one.masked_once if index == 0 else 0)) * engine.compute
     return kept
 
 
@@ -246,16 +201,18 @@ def _grown(shape: Shape, engine: Engine, one: Pass) -> float:
 def _forward(shape: Shape, engine: Engine, one: Pass) -> Memory:
     base = _base(shape, engine)
     row = one.labels * shape.hidden * engine.compute
-    logits = min(max(1, CHUNK_FLOATS // shape.vocabulary), one.labels) * shape.vocabulary * engine.compute
-    if engine.cpu and engine.compute < 4:  # a block of them in fp32, and of its softmax
-        logits += 2 * 4 * BLOCK_FLOATS_CPU * torch.get_num_threads()
-    of_weight = shape.head * engine.compute if shape.head_trained else 0
-    widened = min(BLOCK_FLOATS, shape.head) * engine.compute if engine.frozen < engine.compute else 0
+    widened = _widened(shape, engine)
+    if shape.head_trained and not engine.weighted:
+        head: float = _plain_logits(shape, engine, one, copies=2) + row
+    else:
+        # The logits, in which their gradient is formed, hidden states and their gradient, that of the head's weight.
+        head = _chunk(shape, one) * engine.compute + _blocks_on_cpu(engine) + 2 * row + widened
+        head += shape.head * engine.compute if shape.head_trained else 0
     return replace(
         base,
         gradients=_grown(shape, engine, one),
         activations=activations(shape, engine, one),
-        head=logits + 2 * row + of_weight + widened,  # hidden states and their gradient
+        head=head,
         workspace=base.workspace - (engine.compute * shape.largest_linear if widened else 0),
         moment="logits of a pass",
     )
@@ -264,13 +221,51 @@ def _forward(shape: Shape, engine: Engine, one: Pass) -> Memory:
 def _head_backward(shape: Shape, engine: Engine, one: Pass) -> Memory:
     row = one.labels * shape.hidden * engine.compute
     of_weight = shape.head * engine.compute if shape.head_trained else 0
+    head: float = 2 * row + 2 * of_weight
+    if shape.head_trained and not engine.weighted:
+        # Logits that are made again, their softmax, and their gradient from both terms of a log-prob.
+        head = 2 * row + of_weight + _plain_logits(shape, engine, one, copies=4)
     return replace(
         _base(shape, engine),
         gradients=_grown(shape, engine, one),
         activations=activations(shape, engine, one),
-        head=2 * row + 2 * of_weight,
+        head=head,
         moment="backward of the head",
     )
+
+
+def _reference(shape: Shape, engine: Engine, one: Pass) -> Memory:
+    """The logits of the reference's forward pass, which keeps nothing and comes before the policy's."""
+    base = _base(shape, engine)
+    widened = _widened(shape, engine)
+    return replace(
+        base,
+        gradients=_grown(shape, engine, one),
+        activations=_outside_layers(shape, engine, one),
+        head=_chunk(shape, one) * engine.compute + widened,
+        workspace=base.workspace - (engine.compute * shape.largest_linear if widened else 0),
+        moment="logits of the reference",
+    )
+
+
+def _chunk(shape: Shape, one: Pass) -> int:
+    """Numbers in the logits that are there at a time."""
+    return min(max(1, CHUNK_FLOATS // shape.vocabulary), one.labels) * shape.vocabulary
+
+
+def _plain_logits(shape: Shape, engine: Engine, one: Pass, *, copies: int) -> float:
+    """Bytes of a chunk of logits as plain torch has it: in the compute dtype, and so many times in fp32."""
+    return _chunk(shape, one) * (4 * copies + (engine.compute if engine.compute < 4 else 0))
+
+
+def _blocks_on_cpu(engine: Engine) -> int:
+    """Bytes of a block of logits in fp32, and of its softmax, where a CPU computes in 16 bits."""
+    return 2 * 4 * BLOCK_FLOATS_CPU * torch.get_num_threads() if engine.cpu and engine.compute < 4 else 0
+
+
+def _widened(shape: Shape, engine: Engine) -> int:
+    """Bytes of the part of the head's weight that is widened at a time, where it is stored in fewer bits."""
+    return min(BLOCK_FLOATS, shape.head) * engine.compute if engine.frozen < engine.compute else 0
 
 
 def _backward(shape: Shape, engine: Engine, one: Pass) -> Memory:

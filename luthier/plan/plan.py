@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from luthier.config import AdapterConfig, Config, FreezeConfig
+from luthier.models.attention import REMEMBERED_FLOATS
 from luthier.models.memory import CPU_TOKENS, FULL_SPEED_ELSEWHERE, FULL_SPEED_TOKENS
 from luthier.models.recompute import MODES, Mode
 from luthier.plan.cards import Card
+from luthier.plan.engine import Engine, Pass
 from luthier.plan.families import family_of, sizes
 from luthier.plan.memory import (
-    Engine,
     Memory,
-    Pass,
     largest,
     memory_of,
     rule_of_thumb,
@@ -24,7 +24,7 @@ from luthier.plan.memory import (
 )
 from luthier.plan.read import adapter_shape, engine_of, full_shape
 from luthier.plan.shape import Shape
-from luthier.plan.work import Work
+from luthier.plan.work import Work, work_stated
 
 log = logging.getLogger("luthier")
 
@@ -83,19 +83,41 @@ def pass_of(work: Work, tokens: int) -> Pass:
     """A pass of so many of the run's tokens: its longest document, and others of the usual length."""
     longest = min(tokens, work.longest)
     rest = tokens - longest
-    return Pass(
-        tokens=tokens,
-        labels=max(1, round(tokens * work.labelled)),
-        longest=longest,
-        pairs=round(longest**2 + rest * work.mean_square),
-        documents=1 + round(rest / work.mean),
-        several=tokens < work.largest_step,
-    )
+    others = round(rest / work.mean)
+    return _pass(work, tokens, longest, others, longest**2 + rest * work.mean_square)
 
 
 def sequence_of(work: Work, tokens: int) -> Pass:
-    """A pass that is one document."""
-    return Pass(tokens, max(1, round(tokens * work.labelled)), tokens, tokens**2, 1, tokens < work.largest_step)
+    """A pass that is one document, or one pair."""
+    return _pass(work, tokens, tokens, 0, tokens**2)
+
+
+def _pass(work: Work, tokens: int, longest: int, others: int, squares: float) -> Pass:
+    """Of a pair, prompt and answers are taken to have the shares that they have in all of the data, and both answers
+    one length.
+
+    Args:
+        longest: tokens of the longest row. others: how many more rows. squares: of the rows' tokens, added up.
+    """
+    labels, several = max(1, round(tokens * work.labelled)), tokens < work.largest_step
+    if work.sides == 1:
+        return Pass(tokens, labels, longest, round(squares), 1 + others, several)
+    # Of a row of n tokens: the first branch is prompt and answer, side x n long; the second is the rest of n, and with
+    # what it goes on from as long as the first.
+    side = (1 + work.shared) / 2
+    masked = round(squares * side * (1 - side)) if work.shared else 0
+    apart = longest**2 * side * (1 - side) > REMEMBERED_FLOATS
+    return Pass(
+        tokens,
+        labels,
+        max(1, round(longest * side)),
+        round(squares * side),
+        2 * (1 + others),
+        several,
+        gathered=round(2 * side * tokens) if work.shared else 0,
+        masked_once=0 if apart else masked,
+        masked_each=masked if apart else 0,
+    )
 
 
 def make_plan(
@@ -229,13 +251,20 @@ def fit_family(
     where the table has no family like it.
 
     Weights, gradients and optimizer are spread evenly, as FSDP's full sharding does; every card runs a pass of its
-    own and holds two layers' weights at a time. A pass is one document of `sequence_len`, every token trained; with
-    `gradient_checkpointing: auto`, layers are computed again.
+    own and holds two layers' weights at a time. A pass is one document of `sequence_len`, every token trained, or one
+    pair, each side of which has as many; with `gradient_checkpointing: auto`, layers are computed again.
     """
     name = family or family_of(model_config)
     models = sizes(name) if name else {"this model": model_config}
     adapter = config.adapter if config.adapter.adapter else _usual_adapter()
     limit = config.data.sequence_len
+    work = work_stated(config, None, None, "")
+
+    def alone(tokens: int) -> Pass:
+        if work.sides == 1:
+            return Pass(tokens, tokens, tokens, tokens**2, several=True)
+        return replace(sequence_of(work, round(work.sides * tokens * work.computed)), several=True)
+
     found = []
     for size, described in models.items():
         full = full_shape(config, described, FreezeConfig())
@@ -246,7 +275,7 @@ def fit_family(
         for method, (shape, how) in variants(full, lora, engine).items():
 
             def needs(tokens: int, shape: Shape = shape, how: Engine = how) -> float:
-                return memory_of(shape, how, Pass(tokens, tokens, tokens, tokens**2, several=True)).total
+                return memory_of(shape, how, alone(tokens)).total
 
             longest = largest(lambda n, needs=needs: needs(n) <= card.room)  # type: ignore[misc]
             found.append(Fitting(size, shape.total - shape.adapters, method, needs(limit), longest >= limit, longest))

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from luthier.config import AdapterConfig, Config, FreezeConfig
+from luthier.config.preference import REFERENCE_FREE
 from luthier.models.device import choose_dtype
 from luthier.models.freeze import set_trainable
 from luthier.models.load import embeddings_of
@@ -21,7 +22,7 @@ from luthier.models.recompute import TILE, Mode
 from luthier.models.skeleton import skeleton
 from luthier.models.storage import WORTH_BYTES
 from luthier.plan.cards import Card
-from luthier.plan.memory import Engine, Quantised
+from luthier.plan.engine import Engine, Quantised
 from luthier.plan.shape import Shape, head_of, shape_of
 
 _16_BITS = (torch.float16, torch.bfloat16)
@@ -112,7 +113,19 @@ def engine_of(config: Config, model_config: Any, shape: Shape, card: Card | None
         tile=TILE["cpu" if cpu else "cuda"] if config.precision.tiled_mlp else sys.maxsize,
         cpu=cpu,
         slices=cpu or compute == 4,  # torch's kernel for many documents takes 16 bits
+        weighted=config.preference.rl is None,
+        reference=_asks_reference(config),
+        moved=bool(config.adapter.lora_model_dir or config.adapter.loftq_config),
     )
+
+
+def _asks_reference(config: Config) -> bool:
+    """Whether a reference model is asked in the run's steps. For `kto` it is in any case: which answers stand behind
+    which other prompts, the step decides."""
+    preference = config.preference
+    if preference.rl is None or preference.rl in REFERENCE_FREE:
+        return False
+    return preference.rl == "kto" or not preference.precompute_ref_log_probs
 
 
 def _quantised(config: Config, model_config: Any) -> tuple[Quantised | None, bool]:

@@ -45,6 +45,8 @@ class Layer:
             attention never forms them.
         window: tokens that a query attends to at most; 0 for all before it.
         attended: width of attention's output, kept twice where documents are attended to one by one.
+        keys: width of keys and values as attention takes them, which branches of a shared beginning each have whole.
+            joint: numbers of a projection that is kept whole for the values in it, which such copies spare.
         passing, attending, inner: numbers in the compute dtype that backward makes beside what was kept: gradients that
             pass by, those of the attention, the width of the MLP.
         parameters: of the layer. gates: of the projections into the MLP.
@@ -63,6 +65,8 @@ class Layer:
     heads: int
     window: int
     attended: int
+    keys: int
+    joint: int
     passing: float
     attending: float
     inner: int
@@ -258,6 +262,8 @@ def _layer(layer: nn.Module, config: Any, *, fused: bool) -> Layer:
         heads=heads if explicit else 0,
         window=int(getattr(attention, "sliding_window", getattr(config, "sliding_window", None)) or 0),
         attended=queries,
+        keys=2 * (queries if explicit else keys),
+        joint=queries + keys if len(inputs) == 1 and not explicit else 0,
         passing=2 * hidden,
         attending=4 * queries + 4 * keys,
         inner=inner,
@@ -312,12 +318,19 @@ def _rough_layer(layer: nn.Module, config: Any) -> Layer:
         heads=heads,
         window=0,
         attended=0,
+        keys=_rough_keys(config),
+        joint=0,
         passing=3.0 * widest,
         attending=0.0,
         inner=0,
         parameters=size,
         gates=0,
     )
+
+
+def _rough_keys(config: Any) -> int:
+    heads = int(getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None) or 0)
+    return 2 * heads * int(getattr(config, "head_dim", None) or 0)
 
 
 def _stacked(layer: nn.Module) -> int:

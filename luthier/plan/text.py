@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from luthier.plan.cards import CONTEXT_BYTES, FILLED, Card
-from luthier.plan.memory import Engine
+from luthier.plan.engine import Engine
 from luthier.plan.plan import Fitting, Plan, fitting_as_json
 from luthier.plan.shape import BESIDE_LINEARS
+from luthier.plan.work import Work
 
 GIB = 2.0**30
 
@@ -20,6 +21,7 @@ _PARTS = {
     "activations": "kept for the backward pass",
     "head": "logits of a chunk, hidden states of labels",
     "workspace": "what is made on the way",
+    "reference": "a copy of the starting values that it needs",
 }
 
 
@@ -40,7 +42,7 @@ def as_text(plan: Plan, speed: dict[str, Any] | None) -> str:
         "",
         f"peak memory: {gib(plan.memory.total)}, at this moment: {plan.memory.moment}, in a pass of "
         f"{one.tokens:,} tokens ({one.labels:,} trained)" + (", one of several of its step" if one.several else ""),
-        *table([[name, gib(size), _PARTS[name]] for name, size in plan.memory.parts().items()], numbers=(1,)),
+        *table([[name, gib(size), _PARTS[name]] for name, size in _parts(plan)], numbers=(1,)),
         "(what comes and goes, such as gradients, is counted as it is at that moment)",
         "",
     ]
@@ -51,6 +53,11 @@ def as_text(plan: Plan, speed: dict[str, Any] | None) -> str:
     parts += ["", *_work(plan), *(_speed(speed) if speed else []), ""]
     parts += ["the ways to train this model, at the same settings otherwise:", *_lines(plan)]
     return "\n".join(line.rstrip() for line in parts).rstrip()
+
+
+def _parts(plan: Plan) -> list[tuple[str, float]]:
+    """What supervised fine-tuning has none of is left out where it is nothing."""
+    return [(name, size) for name, size in plan.memory.parts().items() if size or name != "reference"]
 
 
 def how(engine: Engine) -> str:
@@ -80,9 +87,14 @@ def _on_card(plan: Plan, card: Card) -> list[str]:
     ]
     if plan.tokens_fit:
         lines.append(f"the largest pass that fits: {plan.tokens_fit:,} tokens (max_tokens_per_pass)")
-        beyond = plan.shape.positions and plan.sequence_fits and plan.sequence_fits > plan.shape.positions
+        longest = plan.sequence_fits or 0
+        if plan.work.sides == 2:
+            longest = round(longest * (1 + plan.work.shared) / 2)
+        beyond = plan.shape.positions and longest > plan.shape.positions
         note = f"; the model was made for {plan.shape.positions:,}" if beyond else ""
-        lines.append(f"the longest sequence that fits: {plan.sequence_fits:,} tokens{note}")
+        if plan.work.sides == 2:
+            note = f", {longest:,} for each answer with the prompt{note}"
+        lines.append(f"the longest {_one(plan.work, 'sequence')} that fits: {plan.sequence_fits:,} tokens{note}")
     else:
         lines.append("not even a pass of one token fits")
     return lines
@@ -95,15 +107,30 @@ def _work(plan: Plan) -> list[str]:
     if work.tokens is not None:
         known.append(f"{work.tokens:,} tokens in all")
     if work.steps is not None:
-        known.append(f"{work.steps:,} steps of {work.rows_per_step}")
-    known.append(f"the longest document {work.longest:,} tokens, the largest step {work.largest_step:,}")
-    return [*lines, ", ".join(known)]
+        unit = "" if work.unit == "documents" else f" {work.unit}"
+        known.append(f"{work.steps:,} steps of {work.rows_per_step}{unit}")
+    known.append(
+        f"the longest {_one(work, 'document')} {work.longest:,} tokens, the largest step {work.largest_step:,}"
+    )
+    lines.append(", ".join(known))
+    if work.computed < 1:
+        lines.append(
+            f"{work.computed:.0%} of the tokens are computed, the prompt of a pair once for both answers; so counted "
+            "are the longest pair and the largest step"
+        )
+    return lines
+
+
+def _one(work: Work, else_: str) -> str:
+    return "pair" if work.sides == 2 else else_
 
 
 def _speed(speed: dict[str, Any]) -> list[str]:
     lines = []
     if speed.get("flops_per_token"):
-        lines.append(f"work: {speed['flops_per_token'] / 1e9:,.3g} GFLOP a token")
+        more = speed.get("forward_only", 0)
+        again = f", with {more:.2g} forward pass{'' if more == 1 else 'es'} without gradient" if more else ""
+        lines.append(f"work: {speed['flops_per_token'] / 1e9:,.3g} GFLOP a token{again}")
     if speed.get("hours") is not None:
         at = f"{speed['tokens_per_second']:,.0f} tokens/s ({speed['from']})"
         lines.append(f"time: {speed['hours']:.2f} hours at {at}")
@@ -116,7 +143,8 @@ def _speed(speed: dict[str, Any]) -> list[str]:
 
 def _lines(plan: Plan) -> list[str]:
     on_card = plan.card is not None
-    head = ["", "trainable", "weights", "peak"] + (["fits", "largest pass", "longest sequence"] if on_card else [])
+    longest = f"longest {_one(plan.work, 'sequence')}"
+    head = ["", "trainable", "weights", "peak"] + (["fits", "largest pass", longest] if on_card else [])
     rows = [head]
     for line in plan.lines:
         row = [line.method, f"{line.trainable:,}", gib(line.weights), gib(line.peak)]
@@ -128,8 +156,9 @@ def _lines(plan: Plan) -> list[str]:
     return [*table(rows, numbers=(1, 2, 3, 5, 6)), rule]
 
 
-def fit_text(found: Sequence[Fitting], card: Card, cards: int, sequence: int, why: str) -> str:
+def fit_text(found: Sequence[Fitting], card: Card, cards: int, sequence: int, why: str, *, pairs: bool) -> str:
     """The inverse's table, and its answers."""
+    one_pass = "one pair, both answers with the prompt as long" if pairs else "one document, every token trained"
     rows = [["size", "parameters", "method", f"a card at {sequence:,}", "fits", "longest sequence"]]
     for one in found:
         longest = f"{one.sequence:,}" if one.sequence else "-"
@@ -145,7 +174,7 @@ def fit_text(found: Sequence[Fitting], card: Card, cards: int, sequence: int, wh
         [
             f"{cards} x {card.name} of {gib(card.memory)}; {why}",
             "weights, gradients and optimizer spread evenly over the cards (full sharding), two layers' weights "
-            "gathered on each, a pass of its own on each: one document, every token trained",
+            f"gathered on each, a pass of its own on each: {one_pass}",
             "",
             *table(rows, numbers=(1, 3, 5)),
             "",

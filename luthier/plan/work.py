@@ -13,10 +13,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from luthier.config import Config
+from luthier.config.preference import REFERENCE_FREE
 from luthier.data.dataset import prepare
 from luthier.data.loader import StepLoader
 from luthier.errors import ConfigError
-from luthier.models.recompute import Mode
+from luthier.plan.engine import Engine
 from luthier.plan.shape import Shape
 
 log = logging.getLogger("luthier")
@@ -29,14 +30,21 @@ _STEPS_SEEN = 4096
 
 @dataclass(frozen=True)
 class Work:
-    """What a run goes through.
+    """What a run goes through. Sizes are those of what is computed: of a pair whose answers share their prompt, the
+    prompt once.
 
     Attributes:
         source: where the figures come from, for people. rows_per_step: examples (packed rows) of a step.
-        longest: tokens of the longest document. largest_step: of the step with most tokens. mean: of a document.
-        mean_square: of documents' squared lengths, over `mean`: what a token attends to, on average.
+        longest: tokens of the longest document, or pair. largest_step: of the step with most tokens. mean: of a
+            document. mean_square: of documents' squared lengths, over `mean`: what a token attends to, on average.
         labelled: share of tokens that are trained.
-        tokens: of the whole run. steps: of the whole run. None where it is not known.
+        tokens: of the whole run, those of both answers to a prompt with the prompt. steps: of the whole run. None where
+            it is not known.
+        unit: what a row is: documents, pairs, or answers. sides: answers in one. shared: share of a pair's tokens that
+            are its prompt, where both answers share it.
+        computed: share of `tokens` that are computed.
+        forward_only: how often a token goes through a model once more without a gradient: the reference's, and for
+            `kto` both models' over answers behind other prompts.
     """
 
     source: str
@@ -48,6 +56,19 @@ class Work:
     labelled: float
     tokens: int | None
     steps: int | None
+    unit: str = "documents"
+    sides: int = 1
+    shared: float = 0.0
+    computed: float = 1.0
+    forward_only: float = 0.0
+
+    @property
+    def attended(self) -> float:
+        """What a token attends to on average if all attended to all of their document, which the mask halves."""
+        if self.sides == 1:
+            return self.mean_square
+        # Prompt p, answers of half the rest each: (p + a)^2 + 2 p a + a^2, of the prompt's own half once.
+        return self.mean_square * (0.5 + self.shared - self.shared**2 / 2)
 
 
 def work_from_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Work:
@@ -58,79 +79,129 @@ def work_from_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Work:
     """
     prepared = prepare(config, tokenizer)
     train, data, training = prepared.train, config.data, config.training
-    lengths = train.lengths.astype(np.float64)
+    rl = config.preference.rl
     rows = training.micro_batch_size * training.gradient_accumulation_steps
     loader = StepLoader(
         train,
         rows_per_step=rows,
-        tokens_per_pass=int(lengths.sum()) + 1,
+        tokens_per_pass=int(train.lengths.sum()) + 1,
         seed=training.seed,
         shuffle=data.shuffle,
         packed_len=data.sequence_len if data.sample_packing else None,
+        share="rows" if _shares(config) else "",
     )
+    sizes = np.array(loader.computed(range(len(train))), np.int64)
+    lengths, all_tokens = sizes.astype(np.float64), int(train.lengths.sum())
     steps = training.max_steps or math.ceil(training.num_epochs * loader.steps_per_epoch)
-    seen = [loader.step(index).tokens for index in range(min(steps, loader.steps_per_epoch, _STEPS_SEEN))]
-    total = round(float(lengths.sum()) * steps / loader.steps_per_epoch)
+    seen = [loader.step(index) for index in range(min(steps, loader.steps_per_epoch, _STEPS_SEEN))]
+    total = round(all_tokens * steps / loader.steps_per_epoch)
+    unit = unit_of(rl)
     return Work(
-        source=f"{len(train):,} documents of the config's datasets",
+        source=f"{len(train):,} {unit} of the config's datasets",
         rows_per_step=rows,
-        longest=int(lengths.max()),
-        largest_step=max(seen),
+        longest=int(sizes.max()),
+        largest_step=max(int(sizes[list(step.rows)].sum()) for step in seen),
         mean=float(lengths.mean()),
         mean_square=float((lengths**2).sum() / lengths.sum()),
         labelled=float(train.trained.sum() / lengths.sum()),
         tokens=total,
         steps=steps,
+        unit=unit,
+        sides=2 if unit == "pairs" else 1,
+        shared=float((train.lengths - sizes).sum() / lengths.sum()),
+        computed=float(lengths.sum() / all_tokens),
+        forward_only=_forward_only(config, steps / loader.steps_per_epoch),
     )
 
 
 def work_stated(config: Config, tokens: int | None, rows: int | None, why: str) -> Work:
-    """From what the user says, or from nothing: then every document is taken to be `sequence_len` long.
+    """From what the user says, or from nothing: then every document is taken to be `sequence_len` long. Of a pair that
+    holds for both sides, each with the prompt, which is taken to be `max_prompt_len` long, or half of it.
 
     Args:
         tokens, rows: of one epoch. why: where the figures come from.
     """
-    training, limit = config.training, config.data.sequence_len
+    training, limit, rl = config.training, config.data.sequence_len, config.preference.rl
     per_step = training.micro_batch_size * training.gradient_accumulation_steps
-    packed = config.data.sample_packing
-    mean = min(float(limit), tokens / rows) if tokens and rows and not packed else float(limit)
+    packed, unit = config.data.sample_packing, unit_of(rl)
+    sides = 2 if unit == "pairs" else 1
+    whole = sides * limit
+    mean = min(float(whole), tokens / rows) if tokens and rows and not packed else float(whole)
     if tokens is None and rows is not None:
-        tokens = rows * limit
+        tokens = rows * whole
     units = math.ceil(tokens / limit) if packed and tokens else rows
     steps = None
     if units is not None:
         steps = math.ceil(training.num_epochs * math.ceil(units / per_step))
     steps = training.max_steps or steps
     total = None
+    epoch_steps = math.ceil(units / per_step) if units else None
     if tokens is not None:
-        epoch_steps = math.ceil(units / per_step) if units else None
         total = round(tokens * steps / epoch_steps) if steps and epoch_steps else round(tokens * training.num_epochs)
+    prompt = min(1.0, (config.preference.max_prompt_len or limit / 2) / limit) if rl else 0.0  # of a side
+    spared = prompt / 2 if sides == 2 and _shares(config) else 0.0
+    computed = mean * (1 - spared)
+    # One side's prompt is trained too, where prompts are.
+    trained = 1 - prompt + (prompt / 2 if rl == "orpo" and config.data.train_on_inputs else 0.0)
     return Work(
         source=why,
         rows_per_step=per_step,
-        longest=limit,
-        largest_step=max(limit, round(per_step * mean)),
-        mean=mean,
-        mean_square=mean,
-        labelled=1.0,
+        longest=whole,  # the prompt may be short
+        largest_step=max(whole, round(per_step * computed)),
+        mean=computed,
+        mean_square=computed,
+        labelled=trained / (1 - spared),
         tokens=total,
         steps=steps,
+        unit=unit,
+        sides=sides,
+        shared=spared / (1 - spared),
+        computed=1 - spared,
+        forward_only=_forward_only(config, steps / epoch_steps if steps and epoch_steps else training.num_epochs),
     )
 
 
-def flops_per_token(shape: Shape, work: Work, mode: Mode) -> float:
+def unit_of(rl: str | None) -> str:
+    """What a row of a run's data is."""
+    return {None: "documents", "kto": "answers"}.get(rl, "pairs")
+
+
+def _shares(config: Config) -> bool:
+    """Whether a pair's prompt is computed once, on models that can; of other documents it is not known beforehand what
+    they share."""
+    of_pairs = config.preference.rl not in (None, "kto")
+    return of_pairs and config.training.share_prefixes == "auto" and config.model.attn_implementation is None
+
+
+def _forward_only(config: Config, epochs: float) -> float:
+    preference = config.preference
+    if preference.rl is None or preference.rl in REFERENCE_FREE:
+        return 0.0
+    asked = 1 / epochs if preference.precompute_ref_log_probs else 1.0
+    return asked + (2.0 if preference.rl == "kto" else 0.0)
+
+
+def flops_per_token(shape: Shape, work: Work, engine: Engine) -> float:
     """FLOPs of training on a token, on average; a multiply-add counts as two.
 
     Two for each multiplied parameter forward, two for the gradient of its input, two more for its own where it is
     trained, two again for what is computed a second time. The head runs on labelled tokens only. Causal attention
     takes 6 x layers x width x the tokens a token attends to on average, forward and backward (halved by the mask).
+    A token that is computed with another's costs nothing, and a forward pass without gradient a third of the attention
+    and two for each multiplied parameter.
     """
+    mode = engine.recompute
     head = shape.head * work.labelled
-    attention = len(shape.layers) * shape.query_width * work.mean_square
+    attention = len(shape.layers) * shape.query_width * work.attended
+    forward = 2 * (shape.multiplied + head) + 2 * attention
     flops = 4 * (shape.multiplied + head) + 2 * shape.multiplied_trained + 6 * attention
+    if shape.head_trained and not engine.weighted:
+        flops += 2 * head
     if mode == "mlp":
-        return flops + 2 * sum(layer.gates for layer in shape.layers)
-    return flops + ((2 * shape.multiplied + 2 * attention) if mode in ("layer", "offload") else 0)
+        flops += 2 * sum(layer.gates for layer in shape.layers)
+    elif mode in ("layer", "offload"):
+        flops += 2 * shape.multiplied + 2 * attention
+    return work.computed * (flops + work.forward_only * forward)
 
 
 def measured_speed(run: Path) -> float:

@@ -42,11 +42,11 @@ _OF_GROUP = "group."
 
 @dataclass
 class Window:
-    """Sums since the last logged row."""
+    """Sums since the last logged row; `sums` are the objective's own."""
 
     steps: int = 0
     loss: float = 0.0
-    correct: int = 0
+    sums: list[float] = field(default_factory=list)
     trained_tokens: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -64,6 +64,7 @@ class State:
         evaluations: (step, eval loss, mean train loss since the evaluation before it), in order.
         tokens_per_pass: most tokens in a forward pass. tokens_asked: what the config said of it then.
         recomputed: how each layer recomputes (`models.recompute`), where memory chose it.
+        noticed: what a watch of the figures knows (`train.preference_watch`).
     """
 
     step: int = 0
@@ -82,6 +83,7 @@ class State:
     tokens_per_pass: int = 0
     tokens_asked: int | str | None = None
     recomputed: list[str] = field(default_factory=list)
+    noticed: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> State:

@@ -1,7 +1,7 @@
 """The training loop: one for every method.
 
 `fit` takes its parts as arguments and knows none of them: a policy (flat batch -> log-probs), an objective
-(log-probs -> partial loss), steps cut into passes, an optimizer over fp32 masters, evaluators, other processes.
+(policy and batch -> partial loss), steps cut into passes, an optimizer over fp32 masters, evaluators, other processes.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,57 +21,7 @@ from torch import nn
 from luthier.errors import RunError
 from luthier.train.checkpoint import Checkpoints, State, Window, latest
 from luthier.train.metrics import Recorder, count_step, note_evaluation, training_row
-
-
-class Step(Protocol):
-    """One optimizer step, fixed before its first pass; see `data.loader.Step`."""
-
-    @property
-    def rows(self) -> Sequence[int]: ...
-    @property
-    def passes(self) -> Sequence[Sequence[int]]: ...
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def trained_tokens(self) -> int: ...
-
-
-class Loader(Protocol):
-    """Steps by number, and the passes of a step on a device; see `data.loader.StepLoader`."""
-
-    steps_per_epoch: int
-    tokens_per_pass: int
-
-    def step(self, index: int) -> Any: ...
-    def batches(self, step: Any, device: torch.device) -> Iterable[Any]: ...
-    def locations(self, step: Any) -> list[str]: ...
-
-
-class Masters(Protocol):
-    """The fp32 parameters that the optimizer steps on; see `train.optim.Masters`."""
-
-    masters: dict[str, torch.Tensor]
-    stepped_by_backward: bool
-
-    def zero_grad(self) -> None: ...
-    def publish(self) -> None: ...
-    def looked_at(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]: ...
-
-
-class Processes(Protocol):
-    """All processes of the run; see `train.distributed.Processes`."""
-
-    size: int
-
-    def gather(self, values: Sequence[float]) -> list[list[float]]: ...
-    def add_up(
-        self,
-        masters: Iterable[torch.Tensor],
-        figures: Sequence[torch.Tensor],
-        words: Sequence[float],
-        *,
-        failed: bool,
-    ) -> list[list[float]]: ...
+from luthier.train.protocols import Loader, Masters, Objective, Processes, Step
 
 
 class OutOfMemory(RunError):
@@ -94,22 +45,18 @@ class OutOfMemory(RunError):
         super().__init__(f"out of memory at step {step}{where} in a pass of {tokens} tokens: {cure}")
 
 
-# (log-probs, weights, the step's total weight) -> the pass's share of the loss
-Objective = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
-
-
 # Devices that have computed a figure before they hand it over: looking at it there costs nothing.
 READ_AT_ONCE = {"cpu"}
 
 
 @dataclass(frozen=True)
 class Unread:
-    """Figures of a step that are still on the device: loss, labels hit, and the gradients' norm."""
+    """Figures of a step that are still on the device: loss, the objective's sums, and the gradients' norm."""
 
     number: int
     step: Step
     loss: torch.Tensor
-    correct: torch.Tensor
+    sums: torch.Tensor
     norm: torch.Tensor
 
 
@@ -173,8 +120,8 @@ def fit(
             group["lr"] = rate * group.get("lr_factor", 1.0)
 
         # 1. Forward and backward of the whole step, in passes that memory holds; each process computes its share,
-        #    and gradients, loss and hits are added up.
-        step, loss, correct, computed, stopping = _gradients(
+        #    and gradients, loss and sums are added up.
+        step, loss, sums, computed, stopping = _gradients(
             policy,
             objective,
             loader,
@@ -209,7 +156,7 @@ def fit(
         state.computed_tokens += computed
         state.trained_tokens += step.trained_tokens
         state.loss_scale = scaler.state_dict()
-        unread.append(Unread(state.step, step, loss, correct, norm))
+        unread.append(Unread(state.step, step, loss, sums, norm))
         last = state.step == plan.total_steps
         logs, saves = plan.log(state.step) or last, plan.save(state.step) or last or stopping
         if logs or saves or plan.evaluate(state.step) or device.type in READ_AT_ONCE:
@@ -219,7 +166,10 @@ def fit(
 
         # 4. Log, evaluate, save. The weights that are looked at need not be those that gradients are taken at.
         if logs:
-            recorder.row(training_row(state, plan.total_steps, loader.steps_per_epoch, rate, last_norm, peak_memory()))
+            figures = objective.figures(state.window.sums)
+            recorder.row(
+                training_row(state, plan.total_steps, loader.steps_per_epoch, figures, rate, last_norm, peak_memory())
+            )
             state.window = Window()
         improved = False
         with masters.looked_at(optimizer) if saves or plan.evaluate(state.step) else nullcontext():
@@ -260,16 +210,16 @@ def _gradients(
     device: torch.device,
     keep_less: Callable[[], str] | None,
 ) -> tuple[Step, torch.Tensor, torch.Tensor, int, bool]:
-    """The gradients of the next step, of all processes, in the masters; returns the step, its loss and its hits, both
-    on the device, the tokens that were computed, and whether a process was asked to stop.
+    """The gradients of the next step, of all processes, in the masters; returns the step, its loss and sums, both on
+    the device, the tokens that were computed, and whether a process was asked to stop.
 
     Raises:
         OutOfMemory: on all processes, if one of them had too little.
     """
-    step, loss, correct = None, torch.zeros((), device=device), torch.zeros((), device=device)
+    step, loss, sums = None, torch.zeros((), device=device), torch.zeros(objective.sums, device=device)
     computed = tokens = documents = 0
     try:
-        step, loss, correct, computed = _own_gradients(
+        step, loss, sums, computed = _own_gradients(
             policy,
             objective,
             loader,
@@ -287,7 +237,7 @@ def _gradients(
         tokens, documents = error.tokens, error.documents
     said = processes.add_up(
         masters.masters.values(),
-        [loss, correct],
+        [loss, sums],
         [stopping(), computed, documents, tokens],
         failed=documents > 0,
     )
@@ -297,7 +247,7 @@ def _gradients(
         _, _, rank = min(failures)
         documents, tokens = map(int, said[rank][2:])
         raise OutOfMemory(state.step + 1, documents, tokens, loader.tokens_per_pass, f" on rank {rank}")
-    return step, loss, correct, sum(int(words[1]) for words in said), any(words[0] for words in said)
+    return step, loss, sums, sum(int(words[1]) for words in said), any(words[0] for words in said)
 
 
 def _own_gradients(
@@ -314,7 +264,7 @@ def _own_gradients(
     keep_less: Callable[[], str] | None,
 ) -> tuple[Step, torch.Tensor, torch.Tensor, int]:
     """The gradients of this process's share of the next step, in the masters; returns the step, its share of the loss
-    and of the hits, both on the device, and the tokens that were computed.
+    and the sums, both on the device, and the tokens that were computed.
 
     Out of memory, the step is cut anew into passes half as large and repeated from its first, and so are the
     steps after it, here and in a run that resumes; not where there are `several` processes. A single document cannot
@@ -363,21 +313,28 @@ def _run_passes(
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Forward and backward, pass by pass; the partial losses add up to the step's loss."""
-    loss, correct, computed = torch.zeros((), device=device), torch.zeros((), device=device), 0
-    for documents, batch in zip(step.passes, loader.batches(step, device), strict=True):
+
+    def guarded(batch: Any, work: Callable[[], Any]) -> Any:
         try:
-            logps, hits = policy(batch)
-            partial = objective(logps, batch.weight_N, float(max(1, step.trained_tokens)))
-            scaler.scale(partial).backward()
+            return work()
         except Exception as error:
             if not _is_out_of_memory(error):
                 raise
             error.__traceback__ = None
-            raise OutOfMemory(number, len(documents), len(batch.input_ids), loader.tokens_per_pass) from error
-        loss += partial.detach()
-        correct += (hits * batch.weight_N).sum()
+            raise OutOfMemory(number, len(batch.rows), len(batch.input_ids), loader.tokens_per_pass) from error
+
+    def forward_and_backward(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        share, sums = objective(policy, batch, step)
+        scaler.scale(share).backward()
+        return share.detach(), sums
+
+    loss, sums, computed = torch.zeros((), device=device), torch.zeros(objective.sums, device=device), 0
+    objective.begin(policy, loader.mismatched(step, device), step, guarded)
+    for batch in loader.batches(step, device):
+        of_pass = guarded(batch, partial(forward_and_backward, batch))
+        loss, sums = loss + of_pass[0], sums + of_pass[1]
         computed += len(batch.input_ids)
-    return loss, correct, computed
+    return loss, sums, computed
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -405,17 +362,17 @@ def _read(
     Raises:
         RunError: a loss is not finite, or a gradient, unless that is `overflow_is_ordinary`.
     """
-    losses, hits, norms = (
+    losses, sums, norms = (
         torch.stack(column).tolist()
-        for column in ([u.loss for u in unread], [u.correct for u in unread], [u.norm for u in unread])
+        for column in ([u.loss for u in unread], [u.sums for u in unread], [u.norm for u in unread])
     )
-    for each, loss, correct, norm in zip(unread, losses, hits, norms, strict=True):
+    for each, loss, of_step, norm in zip(unread, losses, sums, norms, strict=True):
         if not math.isfinite(loss) or not (math.isfinite(norm) or overflow_is_ordinary):
             what = f"the gradient's norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
             raise RunError(_not_finite(what, each.number, loader.locations(each.step), checkpoints))
         for window in (state.window, state.between):
             window.loss += loss
-            window.correct += int(correct)
+            window.sums = [a + b for a, b in zip(window.sums or [0.0] * len(of_step), of_step, strict=True)]
     unread.clear()
     return float(norms[-1])
 

@@ -36,7 +36,7 @@ class Recorder:
 
     Args:
         folder: the run folder. total_steps: for the bar and the ETA. from_step: rows after it are dropped.
-        sinks, sample_sinks: trackers.
+        sinks, sample_sinks: trackers. notice: what there is to say of a row, in sentences.
     """
 
     def __init__(
@@ -47,10 +47,12 @@ class Recorder:
         from_step: int = 0,
         sinks: Sequence[Sink] = (),
         sample_sinks: Sequence[SampleSink] = (),
+        notice: Callable[[dict[str, Any]], list[str]] = lambda row: [],
     ) -> None:
         self.total_steps = total_steps
         self.sinks = sinks
         self.sample_sinks = sample_sinks
+        self.notice = notice
         drop_rows_after(folder / METRICS, from_step)
         drop_rows_after(folder / SAMPLES, from_step)
         self._metrics: TextIO = (folder / METRICS).open("a", encoding="utf-8")
@@ -91,7 +93,7 @@ class Recorder:
         self._write(row)
         speed, step = row["tokens_per_second"], row["step"]
         figures = (
-            f"loss {row['loss']:.4f}  accuracy {row['token_accuracy']:.3f}  {speed:,.0f} tokens/s"
+            f"loss {row['loss']:.4f}  {_objective_figures(row)}{speed:,.0f} tokens/s"
             f"  ETA {_clock(row['eta_seconds'])}  {row['peak_memory_gib']:.2f} GiB"
         )
         if self._bar and self._task is not None:
@@ -100,14 +102,15 @@ class Recorder:
             self.say(
                 f"step {step}/{self.total_steps}  epoch {row['epoch']:.2f}  {figures}  lr {row['learning_rate']:.2e}"
             )
+        self._say_noticed(row)
 
     def evaluation(self, row: dict[str, Any]) -> None:
         """Write an evaluation row and show it."""
         self._write(row)
         shown = [f"eval loss {row['eval_loss']:.4f}"] if "eval_loss" in row else []
         shown += [f"perplexity {row['eval_perplexity']:.3f}"] if "eval_perplexity" in row else []
-        shown += [f"accuracy {row['eval_token_accuracy']:.3f}"] if "eval_token_accuracy" in row else []
-        self.say(f"step {row['step']}: " + "  ".join(shown))
+        self.say(f"step {row['step']}: " + "  ".join([*shown, _objective_figures(row, "eval_")]).rstrip())
+        self._say_noticed(row)
 
     def samples(self, rows: list[dict[str, Any]]) -> None:
         """Write generated samples and show them."""
@@ -131,6 +134,10 @@ class Recorder:
         else:
             print(line, file=sys.stderr, flush=True)
 
+    def _say_noticed(self, row: dict[str, Any]) -> None:
+        for sentence in self.notice(row):
+            self.say(f"warning: {sentence}")
+
     def _write(self, row: dict[str, Any]) -> None:
         kept = {name: value for name, value in row.items() if name != "eta_seconds"}
         with _writing(Path(self._metrics.name)):
@@ -138,6 +145,21 @@ class Recorder:
             self._metrics.flush()
         for sink in self.sinks:
             sink(kept, int(row["step"]))
+
+
+# What is shown of an objective's figures, and how.
+_SHOWN = (
+    ("token_accuracy", "accuracy {:.3f}"),
+    ("rewards/accuracies", "accuracy {:.3f}"),
+    ("rewards/margins", "margin {:.4f}"),
+    ("kl", "KL {:.3f}"),
+)
+
+
+def _objective_figures(row: dict[str, Any], prefix: str = "") -> str:
+    return "".join(
+        form.format(row[prefix + name]) + "  " for name, form in _SHOWN if prefix + name in row
+    )
 
 
 class Silent(Recorder):
@@ -190,16 +212,23 @@ def count_step(state: State, trained_tokens: int, tokens: int, seconds: float) -
 
 
 def training_row(
-    state: State, total_steps: int, steps_per_epoch: int, rate: float, norm: float, peak: float
+    state: State,
+    total_steps: int,
+    steps_per_epoch: int,
+    figures: dict[str, float],
+    rate: float,
+    norm: float,
+    peak: float,
 ) -> dict[str, Any]:
-    """What is logged after a step: means since the last row, and sums since the beginning."""
+    """What is logged after a step: means since the last row, the objective's `figures` among them, and sums since the
+    beginning."""
     window = state.window
     per_step = state.seconds / state.step
     return {
         "step": state.step,
         "epoch": state.step / steps_per_epoch,
         "loss": window.loss / window.steps,
-        "token_accuracy": window.correct / max(1, window.trained_tokens),
+        **figures,
         "learning_rate": rate,
         "grad_norm": norm,
         "tokens": state.tokens,

@@ -123,13 +123,8 @@ def schedule(training: TrainingConfig, total_steps: int) -> Callable[[int], floa
     Warm-up rises linearly from 0; `linear` falls to 0 at `total_steps`, `cosine` along half a cosine, with
     `cosine_min_lr_ratio` (0.1 for `cosine_with_min_lr` if unset) down to that share of the peak.
     """
-    peak = training.learning_rate or 0.0
-    warmup = training.warmup_steps
-    if warmup is None:
-        warmup = math.ceil(total_steps * (training.warmup_ratio or 0.0))
-    name = training.lr_scheduler
-    if name == "constant":
-        warmup = 0
+    peak, name = training.learning_rate or 0.0, training.lr_scheduler
+    warmup = warmup_steps(training, total_steps)
     if warmup > total_steps:
         log.warning(
             "warmup_steps: %d, but the run has %d steps: the learning rate will not reach %g",
@@ -152,6 +147,15 @@ def schedule(training: TrainingConfig, total_steps: int) -> Callable[[int], floa
         return peak * (floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress)))
 
     return learning_rate
+
+
+def warmup_steps(training: TrainingConfig, total_steps: int) -> int:
+    """Steps of the schedule in which the learning rate rises."""
+    if training.lr_scheduler == "constant":
+        return 0
+    if training.warmup_steps is not None:
+        return training.warmup_steps
+    return math.ceil(total_steps * (training.warmup_ratio or 0.0))
 
 
 def clip_gradients(masters: Masters, max_norm: float) -> torch.Tensor:

@@ -22,15 +22,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from luthier.config import Config
 from luthier.data.dataset import PreparedData, TokenDataset, prepare
-from luthier.data.formats import prompt_example
 from luthier.data.loader import StepLoader
-from luthier.data.render import Renderer
-from luthier.data.tokenizer import load_tokenizer, terminator_ids
+from luthier.data.tokenizer import load_tokenizer
+from luthier.data.tree import Sharing
 from luthier.errors import DataError
-from luthier.evaluate.loss import evaluate_loss
-from luthier.evaluate.samples import Sampler, validation_prompts
-from luthier.generate.engine import Engine, default_terminators
-from luthier.generate.sampling import Sampling
 from luthier.models.adapter_files import save_adapter
 from luthier.models.assemble import build_model, with_adapter_settings
 from luthier.models.device import (
@@ -46,15 +41,15 @@ from luthier.models.isolation import build_policy
 from luthier.models.layers import recomputation_of
 from luthier.models.load import read_model_config
 from luthier.models.memory import PROBE_TOKENS
-from luthier.models.policy import Policy
 from luthier.models.quantize import check_trains, quantization
 from luthier.models.rank_budget import TOKENS, looks_at_data
 from luthier.models.rope import with_positions
-from luthier.objectives.sft import sft
+from luthier.objectives.sft import SFT
 from luthier.plan.measured import PeakWatch
 from luthier.train.artifacts import write_environment
 from luthier.train.checkpoint import Checkpoints, State
 from luthier.train.distributed import Processes
+from luthier.train.evaluators import evaluation, sampling
 from luthier.train.files import write_text_atomic
 from luthier.train.finish import RunResult, finish
 from luthier.train.folder import CONFIG, RunFolder, shared_folder
@@ -71,6 +66,9 @@ from luthier.train.passes import (
     steps_in_backward,
     take_over_smaller,
 )
+from luthier.train.preference_watch import PreferenceWatch
+from luthier.train.preferences import PreferenceTuning, watch_of
+from luthier.train.protocols import Objective
 from luthier.train.resume import resume, say_changes
 from luthier.train.trackers import Trackers, trackers_of
 
@@ -136,19 +134,26 @@ def _train(
         config, tokenizer, device, dtype, documents=documents, resume_from=opened.resume_from
     )
     policy = build_policy(model, dropout, config.data.sequence_len)
-    policy.weighted_sum = True  # the objective is `sft`
+    policy.weighted_sum = config.preference.rl is None
     if config.precision.kernels == "auto":
         fuse_policy(policy)
     masters = Masters(model, copies=not config.training.bf16_stochastic_rounding)
     optimizer = build_optimizer(masters, config.training)
     watch.follow(policy, masters)
-    share = config.training.share_prefixes == "auto" and policy.may_share()
+    share = policy.may_share() if config.training.share_prefixes == "auto" else ""
     loader = _loader(config, data.train, processes, alone=not policy.flat, share=share)
     set_labels(optimizer, float(data.train.trained.sum()) / loader.steps_per_epoch)
     total_steps = config.training.max_steps or math.ceil(config.training.num_epochs * loader.steps_per_epoch)
     if config.model.load_in_fp8:
         round_to_fp8(policy, next(loader.batches(loader.step(0), device)))
     _say_steps(config, loader, total_steps, device, dtype, processes)
+    tuning = None
+    if config.preference.rl is not None:
+        settings = (str(dtype), device.type, config.precision.kernels, config.model.attn_implementation)
+        tuning = PreferenceTuning.prepare(
+            config, policy, loader, data.validation, device=device, settings=settings, processes=processes
+        )
+    objective: Objective = SFT() if tuning is None else tuning.objective
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     # 3. Where the run stands, and what its folder says of it.
@@ -192,22 +197,25 @@ def _train(
     write_model = partial(_write_model, model=model, masters=masters, tokenizer=tokenizer, config=config)
     limit = config.output.save_total_limit
     checkpoints = Checkpoints(folder, write_model, limit=limit, job=job, writes=processes.main)
-    evaluate, sample = _evaluators(config, data, policy, loader, model, tokenizer, device, processes)
+    evaluate = evaluation(config, data.validation, policy, loader, tuning, device, processes)
+    sample = sampling(config, data.validation, model, tokenizer)
     plan = build_plan(
         config, loader.steps_per_epoch, total_steps, evaluates=evaluate is not None, samples=sample is not None
     )
 
+    watch_figures = None if tuning is None else watch_of(config, loader, data.validation, total_steps, state)
+
     # 4. Train, to the end or to a signal, and put the result at the top of the folder.
     with (
         Interrupt() as interrupt,
-        _recorder(folder, total_steps, state, trackers, processes) as recorder,
+        _recorder(folder, total_steps, state, trackers, processes, watch_figures) as recorder,
         _remembered_if_out_of_memory(folder, config, processes),
     ):
         if state.step < total_steps:
             log.info("%.1f seconds to the first step", time.perf_counter() - began)
         state, stopped = fit(
             policy,
-            sft,
+            objective,
             loader,
             masters,
             optimizer,
@@ -264,7 +272,12 @@ def _remembered_if_out_of_memory(folder: Path, config: Config, processes: Proces
 
 
 def _recorder(
-    folder: Path, total_steps: int, state: State, trackers: Trackers, processes: Processes
+    folder: Path,
+    total_steps: int,
+    state: State,
+    trackers: Trackers,
+    processes: Processes,
+    watch: PreferenceWatch | None,
 ) -> Recorder:
     if not processes.main:
         return Silent()
@@ -274,11 +287,12 @@ def _recorder(
         from_step=state.step,
         sinks=[trackers.log],
         sample_sinks=[trackers.log_samples],
+        notice=watch.notice if watch else lambda row: [],
     )
 
 
 def _loader(
-    config: Config, dataset: TokenDataset, processes: Processes, *, alone: bool, share: bool
+    config: Config, dataset: TokenDataset, processes: Processes, *, alone: bool, share: Sharing
 ) -> StepLoader:
     training, data = config.training, config.data
     rows_per_step = training.micro_batch_size * training.gradient_accumulation_steps * processes.size
@@ -293,6 +307,7 @@ def _loader(
         seed=training.seed,
         shuffle=data.shuffle,
         packed_len=data.sequence_len if data.sample_packing else None,
+        sequence_len=data.sequence_len,
         alone=alone,
         share=share,
         rank=processes.rank,
@@ -301,6 +316,10 @@ def _loader(
     if loader.fill is not None:
         log.info("packed into rows of %d tokens, %.1f%% full", data.sequence_len, 100 * loader.fill)
     return loader
+
+
+# What a step is made of, by method; all others compare pairs.
+_UNITS = {"": "examples", "kto": "answers"}
 
 
 def _say_steps(
@@ -312,7 +331,7 @@ def _say_steps(
     processes: Processes,
 ) -> None:
     training = config.training
-    unit = "packed rows" if config.data.sample_packing else "examples"
+    unit = "packed rows" if config.data.sample_packing else _UNITS.get(config.preference.rl or "", "pairs")
     log.info(
         "%d steps of %d %s (micro_batch_size %d x gradient_accumulation_steps %d x %s), %d steps an epoch, "
         "%s on %s",
@@ -326,58 +345,6 @@ def _say_steps(
         str(dtype)[6:],
         device,
     )
-
-
-def _evaluators(
-    config: Config,
-    data: PreparedData,
-    policy: Policy,
-    loader: StepLoader,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
-    processes: Processes,
-) -> tuple[Callable[[int], dict[str, float]] | None, Callable[[int], list[dict[str, Any]]] | None]:
-    """What is asked at every evaluation: the loss over the validation set, and samples."""
-    section = config.evaluation
-    evaluate = sample = None
-    if data.validation is not None:
-        validation, limit = data.validation, math.inf
-        if section.eval_batch_size is not None:
-            limit = section.eval_batch_size * config.data.sequence_len
-
-        def evaluate(step: int) -> dict[str, float]:
-            # What training has room for, without its gradients.
-            budget = int(min(limit, loader.tokens_per_pass))
-            return evaluate_loss(
-                policy,
-                validation,
-                tokens_per_pass=budget,
-                alone=not policy.flat,
-                share=loader.share,
-                device=device,
-                rank=processes.rank,
-                processes=processes.size,
-                gather=processes.gather,
-            )
-
-    prompts: list[tuple[Any, ...]] = []
-    if section.generate_samples:
-        entry = config.data.datasets[0]
-        renderer = Renderer(tokenizer, config)
-        for text in section.sample_prompts:
-            prompts.append((text, renderer.prompt_ids(prompt_example(entry, text), entry)))
-        if data.validation is not None and (section.num_generation_samples or not prompts):
-            prompts += validation_prompts(data.validation, tokenizer, section.num_generation_samples or 3)
-        sampler = Sampler(prompts, Sampling.from_config(section, seed=config.training.seed))
-        # What the config trains as an end, and what the model's own settings know as one.
-        ends = (*terminator_ids(tokenizer, config), *default_terminators(model))
-        engine = Engine(model, tokenizer, ends)
-
-        def sample(step: int) -> list[dict[str, Any]]:
-            return sampler.rows(engine, step)
-
-    return evaluate, sample
 
 
 def _write_model(
@@ -412,6 +379,7 @@ def _job(config: Config, data: PreparedData, masters: Masters, loader: StepLoade
         "seed": config.training.seed,
         "shuffle": config.data.shuffle,
         "sample_packing": config.data.sample_packing,
+        "rl": config.preference.rl,
         "optimizer": config.training.optimizer,
         "parameters": {name: list(master.shape) for name, master in masters.masters.items()},
     }

@@ -29,6 +29,7 @@ def case_entry(**runs: float) -> dict[str, Any]:
     """A case as it is written, with the seconds that each took for 1,000 tokens."""
     return {
         "name": "micro recipe fp32",
+        "task": "sft",
         "what": "a batch",
         "model": {"num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 16},
         "multiplied_parameters": 1000,
@@ -114,6 +115,8 @@ def test_the_table_counts_work_memory_and_ratios() -> None:
     entry = case_entry(luthier=0.5, trl=1.0)
     # 4 x 1000 + 6 x 2 layers x 64 wide x 500 / 30
     assert table.training_flops(entry) == pytest.approx(16_800)
+    # One more forward pass, of 2 x 1000 and 2 x 2 x 64 x 500 / 30.
+    assert table.training_flops(entry | {"task": "dpo"}) == pytest.approx(16_800 + 2_000 + 4_266 + 2 / 3)
     ours, theirs = table.lines(entry)
     assert ours[0] == "luthier" and ours[2:4] == ["2,000", "1.00x"] and theirs[3] == "2.00x"
     assert theirs[4] == "168%"  # 16,800 x 1,000 of 1e7
@@ -145,6 +148,16 @@ def test_four_bits_are_measured_as_soon_as_luthier_has_them(tmp_path: Path) -> N
     assert settings_of(job_for(tmp_path, weights="nf4"))["load_in_4bit"] is True
 
 
+def test_compared_answers_come_in_pairs_and_not_packed(tmp_path: Path) -> None:
+    benchmark = gpu.Benchmark(gpu.arguments(["--shapes", "4b", "--task", "orpo"]), tmp_path, 0.0)
+    benchmark.facts = {"knows_4bit": False}
+    [case] = benchmark._cases()
+    assert case.name == "4b recipe bf16 orpo" and case.work().sequence_len == 1024
+    assert "--task orpo" in benchmark.result["command"]
+    everything = {need for contender in CONTENDERS.values() for need in contender.needs}
+    assert [contender.name for contender in benchmark._able(everything)] == ["luthier", "trl", "trl-liger", "trl-tuned"]
+
+
 def test_shapes_are_those_of_the_models() -> None:
     """Parameters as their makers state them, embeddings left out where they are not multiplied."""
     assert GPU_SHAPES["8b"].multiplied_parameters() == 7_504_658_432  # 8.03B less the embeddings and norms
@@ -155,7 +168,14 @@ def test_shapes_are_those_of_the_models() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [["--shapes", "9b"], ["--only", "nobody"], ["--workloads", "x"], ["--device", "tpu"]]
+    "given",
+    [
+        ["--shapes", "9b"],
+        ["--only", "nobody"],
+        ["--workloads", "x"],
+        ["--device", "tpu"],
+        ["--task", "dpo", "--workloads", "packed"],
+    ],
 )
 def test_the_command_line_refuses_what_it_does_not_know(given: list[str]) -> None:
     with pytest.raises(SystemExit):
@@ -259,7 +279,7 @@ def _nothing_made(self: gpu.Benchmark, what: str, *given: str) -> str:
         facts = {"installed": ["pydantic", "datasets"], "torch": "2", "gpu": None, "knows_4bit": False}
         (self.work / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
         for workload in cases.WORKLOADS:
-            (self.work / f"rows-micro-{workload}.lengths").write_text("[10, 20]", encoding="utf-8")
+            (self.work / f"rows-micro-{workload}.lengths").write_text("[[10], [20]]", encoding="utf-8")
     else:
         Path(given[1]).mkdir()
         (self.work / "peak-micro.json").write_text('{"tflops": 0.1}', encoding="utf-8")

@@ -214,6 +214,9 @@ def test_messages_of_both_kinds_are_the_same_conversation() -> None:
         "roles": {"system": ["sys"], "user": ["me"], "assistant": ["you"]},
     }
     assert chat_of({"turns": own, "messages": []}, **keys).messages == expected
+    del keys["message_property_mappings"]
+    keys |= {"message_field_role": "who", "message_field_content": "what"}
+    assert chat_of({"turns": own}, **keys).messages == expected
 
 
 def test_a_mapping_that_does_not_fit_is_an_error() -> None:

@@ -37,6 +37,26 @@ def document(pairs: list[tuple[list[int], bool]], lengths: tuple[int, ...] | Non
     return Document(np.array(ids, dtype=np.int32), np.array(labels, dtype=np.int32), lengths)
 
 
+def test_a_preference_run_is_previewed_and_validated(
+    config_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"Say {i}.", "chosen": f" {i}!", "rejected": " No."} for i in range(6)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "run.yml").write_text(
+        f"base_model: {tmp_path / 'model'}\nrl: dpo\nval_set_size: 2\ndatasets:\n  - path: {tmp_path / 'pairs.jsonl'}\n"
+    )
+    assert main(["preview", str(config_path), "--plain", "--rows", "1", "shuffle=false"]) == 0
+    shown = capsys.readouterr().out
+    assert "1 of 4 pairs (train); dpo compares what is ⟦trained⟧" in shown
+    assert "--- chosen\n⟦ " in shown
+    assert "--- rejected\n⟦ No.<|endoftext|>⟧" in shown
+    assert "tokens per answer with its prompt" in shown
+    assert main(["validate", str(config_path), "rl=kto", "micro_batch_size=2"]) == 0
+    shown = capsys.readouterr().out
+    assert "4 desirable and 4 undesirable answers" in shown
+    assert "config and data are fine" in shown
+
+
 def test_plain_text_is_marked_without_ambiguity(toy_tokenizer: PreTrainedTokenizerFast) -> None:
     def ids(text: str) -> list[int]:
         return toy_tokenizer.encode(text)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from luthier.data.dataset import Document
-from luthier.data.loader import make_batch
-from luthier.data.tree import MIN_SHARED, Forest, cut_by_beginning, shared_forest
+from luthier.data.loader import StepLoader, make_batch
+from luthier.data.packing import cut_into_passes
+from luthier.data.tree import MIN_SHARED, Forest, Sharing, cut_by_beginning, shared_forest
 
 CPU = torch.device("cpu")
 
@@ -50,6 +51,29 @@ def test_random_documents_are_whole_and_see_themselves_only() -> None:
     for _ in range(300):
         documents = _documents(rng)
         _check(documents, shared_forest(documents))
+
+
+def test_documents_of_a_group_share_as_much_as_they_may_and_others_nothing() -> None:
+    rng = np.random.default_rng(1)
+    some = 0
+    for _ in range(300):
+        documents = _documents(rng)
+        limits = rng.integers(0, 40, 3)
+        members = rng.integers(0, 3, len(documents))
+        forest = shared_forest(documents, [(int(g), int(limits[g])) for g in members])
+        _check(documents, forest)
+        for one, places in enumerate(forest.places):
+            for other in range(one):
+                shared = len(np.intersect1d(places, forest.places[other]))
+                if members[one] != members[other]:
+                    assert not shared
+                    continue
+                n = min(len(places), len(documents[other]), limits[members[one]])
+                alike = documents[one][:n] == documents[other][:n]
+                common = n if alike.all() else int(alike.argmin())
+                assert shared == (common if common >= MIN_SHARED else 0)
+                some += shared > 0
+    assert some > 100
 
 
 def test_what_several_begin_with_is_there_once() -> None:
@@ -128,7 +152,7 @@ def test_labels_of_a_shared_token_are_one_label_with_their_weights_added() -> No
     )
     rows, seeds = [0, 1, 2, 3], [1, 2, 3, 4]
     plain = make_batch(dataset, rows, seeds, CPU)  # type: ignore[arg-type]
-    shared = make_batch(dataset, rows, seeds, CPU, share=True)  # type: ignore[arg-type]
+    shared = make_batch(dataset, rows, seeds, CPU, share="all")  # type: ignore[arg-type]
     assert plain.parents == (-1,) * 5 and len(plain.input_ids) == 12 + 11 + 12 + 13
     assert len(shared.input_ids) == 10 + 2 + 1 + 1 + 2
     assert _pairs(plain) == _pairs(shared)
@@ -136,3 +160,120 @@ def test_labels_of_a_shared_token_are_one_label_with_their_weights_added() -> No
     # The last token that all share leads to three different ones.
     counts = torch.bincount(shared.position_N)
     assert counts.max() == 3
+
+
+def _pair(prompt: list[int], *answers: list[int]) -> Document:
+    sides = [[*prompt, *answer] for answer in answers]
+    ids = np.array([token for side in sides for token in side], np.int32)
+    return Document(ids, ids, tuple(map(len, sides)), prompt=len(prompt), pair=True)
+
+
+@pytest.mark.parametrize("share", ["", "rows", "all"])
+def test_stretches_of_dropout_are_the_prompt_and_what_is_behind_it(share: Sharing) -> None:
+    prompt, short = list(range(10)), list(range(50, 53))
+    dataset = [
+        _pair(prompt, [20, 21, 22], [20, 21, 25, 26]),
+        _pair(short, [30] * 9 + [31], [30] * 9 + [32]),
+        *_dataset(([*prompt, 40], [*prompt, 40], None), ([60, 61, 62], [60, 61, 62], (1, 2))),
+    ]
+    batch = make_batch(dataset, [0, 1, 2, 3], [5, 6, 7, 8], CPU, share=share)  # type: ignore[arg-type]
+    assert sum(batch.drawn) == len(batch.input_ids) == sum(batch.lengths)
+    stretches = list(zip(batch.drawn, batch.seeds, strict=True))
+    first, second = 1 << 40, 2 << 40
+    answers = [(10, 5), (3, 5 + first)], [(4, 5 + second)]
+    behind = [(3, 6), (10, 6 + first), (3, 6), (10, 6 + second), (11, 7), (1, 8), (2, 8 + first)]
+    if share == "":
+        assert stretches == [*answers[0], (10, 5), *answers[1], *behind]
+    if share == "rows":  # the short prompt is not worth it
+        assert stretches == [*answers[0], *answers[1], *behind]
+        assert batch.parents[:3] == (-1, 0, 0) and set(batch.parents[3:]) == {-1}
+    if share == "all":  # of a document, of the answers, of both answers' beginning
+        assert len(batch.input_ids) == 12 + 1 + 2 + 1 + 12 + 1 + 1 + 3
+
+
+class Rows:
+    """As much of a `TokenDataset` as the loader asks for."""
+
+    def __init__(self, documents: list[Document]) -> None:
+        self.documents = documents
+        self.lengths = np.array([len(document.input_ids) for document in documents])
+        self.trained = self.lengths
+        self.prompts = np.array([document.prompt for document in documents])
+        self.chosen = np.array([int(document.pair) for document in documents])
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, index: int) -> Document:
+        return self.documents[index]
+
+
+def _loader(rows: Rows, budget: int, share: Sharing, processes: int = 1, rank: int = 0) -> StepLoader:
+    return StepLoader(
+        rows,  # type: ignore[arg-type]
+        rows_per_step=len(rows),
+        tokens_per_pass=budget,
+        seed=0,
+        shuffle=False,
+        share=share,
+        processes=processes,
+        rank=rank,
+    )
+
+
+def test_pairs_fill_passes_by_what_is_computed_of_them() -> None:
+    rng = np.random.default_rng(2)
+    both: tuple[Sharing, ...] = ("rows", "all")
+    fewer = 0
+    for trial in range(60):
+        prompts = [rng.integers(0, 9, rng.integers(2, 60)).tolist() for _ in range(4)]
+        rows = Rows(
+            [
+                _pair(prompts[rng.integers(4)], *(rng.integers(0, 9, rng.integers(1, 25)).tolist() for _ in "ab"))
+                for _ in range(12)
+            ]
+        )
+        if trial % 3 == 0:  # single answers among them
+            rows = Rows([*rows.documents, *_dataset((prompts[0], prompts[0], None), (prompts[1], prompts[1], None))])
+        budget = int(rng.integers(60, 300))
+        counts = {"": len(cut_into_passes(rows.lengths.tolist(), budget))}
+        for share in both:
+            loader = _loader(rows, budget, share)
+            step = loader.step(0)
+            assert sorted(i for indices in step.passes for i in indices) == list(range(len(rows)))
+            assert step.tokens == rows.lengths.sum()
+            batches = list(loader.batches(step, CPU))
+            for indices, batch in zip(step.passes, batches, strict=True):
+                assert len(batch.input_ids) <= budget or len(indices) == 1
+            counts[share] = len(batches)
+            computed = sum(len(batch.input_ids) for batch in batches)
+            assert loader.saving() == pytest.approx(1 - computed / rows.lengths.sum())
+        assert counts["all"] <= counts["rows"] <= counts[""]
+        fewer += counts["all"] < counts["rows"] < counts[""]
+    assert fewer > 5
+
+
+def test_rows_with_one_prompt_come_into_one_pass() -> None:
+    one, other = list(range(40)), list(range(50, 90))
+    rows = Rows([_pair(prompt, [n, n + 1], [n + 2]) for n in range(100, 130, 10) for prompt in (one, other)])
+    loader = _loader(rows, 50, "all")
+    assert sorted(loader.step(0).passes) == [(0, 2, 4), (1, 3, 5)]
+    assert all(len(batch.input_ids) == 40 + 3 * 3 for batch in loader.batches(loader.step(0), CPU))
+    assert len(_loader(rows, 50, "rows").step(0).passes) == 6
+
+
+def test_processes_share_pairs_by_what_is_computed_of_them() -> None:
+    long, none = _pair(list(range(50)), [1], [2]), _pair([3], [4] * 25, [5] * 25)
+    rows = Rows([long, none, none, long])
+    computed = [
+        sum(len(batch.input_ids) for batch in loader.batches(loader.step(0), CPU))
+        for loader in (_loader(rows, 1000, "rows", 2, rank) for rank in range(2))
+    ]
+    assert computed == [52 + 52, 52 + 52]
+
+
+def test_without_pairs_dropout_leaves_nothing_to_share() -> None:
+    rows = Rows(_dataset((list(range(20)), list(range(20)), None), (list(range(30)), list(range(30)), (20, 10))))
+    loader = _loader(rows, 1000, "rows")
+    assert loader.share == "" and loader.saving() == 0
+    assert len(next(iter(loader.batches(loader.step(0), CPU))).input_ids) == 50

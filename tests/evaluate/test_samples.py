@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from luthier.config import Config
-from luthier.data.dataset import prepare
+from luthier.data.dataset import Document, prepare
 from luthier.data.formats import prompt_example
 from luthier.data.render import Renderer
 from luthier.evaluate.samples import Sampler, stopped_share, validation_prompts
@@ -84,13 +84,13 @@ class OneDocument:
     """A dataset of one document."""
 
     def __init__(self, input_ids: list[int], labels: list[int]):
-        self.input_ids, self.labels = np.array(input_ids), np.array(labels)
+        self.document = Document(np.array(input_ids), np.array(labels))
 
     def __len__(self) -> int:
         return 1
 
-    def __getitem__(self, index: int) -> "OneDocument":
-        return self
+    def __getitem__(self, index: int) -> Document:
+        return self.document
 
 
 def test_a_raw_text_is_prompted_with_its_beginning(toy_tokenizer: Any) -> None:

@@ -35,7 +35,7 @@ ALL = {FusedNorm, FusedMLP, FusedAttention, FusedLayer}
 class Batch:
     """Three documents; the labels of one are left out, and one position has two targets."""
 
-    lengths = (5, 9, 3)
+    lengths = drawn = (5, 9, 3)
     parents = (-1, -1, -1)
     seeds = (11, 12, 13)
     cu_seqlens = torch.tensor([0, 5, 14, 17], dtype=torch.int32)

@@ -52,7 +52,7 @@ class Batch:
             places = [k + end for k, end in zip(kept, ends, strict=True)]
             targets = [s[k + 1] for s, k in zip(segments, kept, strict=True)]
             weight = [torch.ones(len(k)) for k in kept]
-        self.lengths = tuple(map(len, segments))
+        self.lengths = self.drawn = tuple(map(len, segments))
         self.seeds = tuple(range(len(segments)))
         self.input_ids = torch.cat(segments).to(self.device)
         self.position_ids = torch.cat(

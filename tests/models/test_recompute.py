@@ -41,7 +41,7 @@ MakeConfig = Callable[..., Config]
 class Tree(Batch):
     """A forest of three documents that share beginnings; see `models.isolation`."""
 
-    lengths = (8, 7, 9, 4, 11)  # type: ignore[assignment]
+    lengths = drawn = (8, 7, 9, 4, 11)  # type: ignore[assignment]
     parents = (-1, 0, 1, 1, 0)  # type: ignore[assignment]
     seeds = (1, 2, 3, 4, 5)  # type: ignore[assignment]
     cu_seqlens = torch.tensor([0, 8, 15, 24, 28, 39], dtype=torch.int32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from luthier.models.assemble import make_trainable
 from luthier.models.load import count_parameters
 from luthier.plan import cards, measured
 from luthier.plan.command import plan_of
+from luthier.plan.engine import Engine
 from luthier.plan.families import FAMILIES, family_of, sizes
 from luthier.plan.memory import memory_of
 from luthier.plan.plan import pass_of, sequence_of
@@ -189,6 +191,111 @@ def test_a_run_reports_prediction_and_measurement(
     assert "peak memory was not measured" in caplog.text
 
 
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """Some of them with a prompt that is too short to be worth sharing."""
+    path = tmp_path / "pairs.jsonl"
+    row = {"prompt": "Go on: ", "chosen": "one, two, three", "rejected": "no"}
+    varied = [{"prompt": f"Count {n} and go on: " * (n % 4) or "a", "chosen": "one, " * (1 + n % 7)} for n in range(12)]
+    path.write_text("".join(json.dumps({**row, **each}) + "\n" for each in varied))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("rl", "keys", "passes"),
+    [
+        ("orpo", {}, 0),
+        ("orpo", {"train_on_inputs": False, "share_prefixes": "off"}, 0),
+        ("dpo", {}, 1),
+        ("dpo", {"precompute_ref_log_probs": True}, 0.5),
+        ("kto", {}, 3),
+        ("kto", {"precompute_ref_log_probs": True}, 2.5),
+    ],
+)
+def test_work_of_a_preference_run(
+    plan: Plan, pairs: Path, toy_llama_dir: Path, tmp_path: Path, rl: str, keys: dict[str, Any], passes: float
+) -> None:
+    """Steps, tokens and labels as the run counts them, prompts shared as it shares them, and how often the models run
+    without a gradient."""
+    from luthier.models.policy import Policy
+
+    seen: list[int] = []  # tokens of passes without gradient, since the run has begun
+    forward = Policy.forward
+
+    def counting(policy: Any, batch: Any) -> Any:
+        seen.append(0 if torch.is_grad_enabled() else len(batch.input_ids))
+        return forward(policy, batch)
+
+    # Dropout, so that nothing but prompts is shared.
+    values = dict(rl=rl, datasets=[{"path": str(pairs)}], micro_batch_size=4, num_epochs=2, lora_dropout=0.1, **keys)
+    values |= {"sequence_len": 512, "dataset_prepared_path": str(tmp_path / "cache")}
+    found = planned(plan, **values)["work"]
+    run = {"base_model": str(toy_llama_dir), "adapter": "lora", "lora_r": 4, "bf16": False}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Policy, "forward", counting)
+        state = train(Config.from_flat({**run, **values, "output_dir": str(tmp_path / "run")})).state
+    assert found["unit"] == ("answers" if rl == "kto" else "pairs")
+    assert (found["steps"], found["tokens"]) == (state.step, state.tokens)
+    computed = found["computed"] * found["tokens"]
+    assert computed == pytest.approx(state.computed_tokens)
+    assert (computed < found["tokens"]) == (rl != "kto" and "share_prefixes" not in keys)
+    assert found["labelled"] * computed == pytest.approx(state.trained_tokens)
+    assert found["forward_only"] == passes
+    # Answers behind other prompts have the same tokens in all.
+    assert sum(seen) == pytest.approx(passes * computed)
+
+
+def test_a_preference_run_holds_the_plan_to_account(
+    pairs: Path, toy_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest training pass, with its prompts once; neither the reference's passes nor those of evaluation; and its
+    copy of the weights is no part of the interpreter's share."""
+    noted: list[tuple[Any, Any, Any, Any]] = []
+    real = measured.memory_of
+
+    def noting(shape: Any, engine: Any, one: Any) -> Any:
+        noted.append((shape, engine, one, real(shape, engine, one)))
+        return noted[-1][-1]
+
+    monkeypatch.setattr(measured, "memory_of", noting)
+    monkeypatch.setattr(measured, "peak_memory_gib", lambda device: 0.01 if not noted else 3.0)
+    held = [0.5, 1.0]  # at the start, and at the first pass
+    monkeypatch.setattr(measured, "_resident_gib", lambda: held[0] if len(held) == 1 else held.pop(0))
+    values = {"base_model": str(toy_llama_dir), "datasets": [{"path": str(pairs)}], "rl": "dpo", "bf16": False}
+    values |= {"micro_batch_size": 4, "max_steps": 3, "sequence_len": 512}
+    values |= {"val_set_size": 4, "logging_steps": 1, "eval_steps": 1}
+    result = train(Config.from_flat({**values, "output_dir": str(tmp_path / "run")}))
+    ((shape, engine, one, memory),) = noted
+    assert engine.reference and not engine.weighted
+    assert memory.reference == 4 * shape.total
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    computed = [0, *(row["computed_tokens"] for row in rows if "loss" in row)]
+    assert one.tokens == max(after - before for before, after in pairwise(computed))
+    assert one.documents <= 8 and one.masked_once > 0 and one.gathered > one.tokens and not one.several
+    expected = 1.0 + (memory.total - 2 * 4 * shape.total) / 2**30
+    assert result.summary["predicted_peak_gib"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_pairs_that_are_only_stated(plan: Plan) -> None:
+    far = [{"path": "no/such-set"}]
+    found = planned(plan, "--rows", "1000", datasets=far, rl="dpo")["work"]
+    # Two sides of 512 tokens, half of each the shared prompt.
+    assert (found["tokens"], found["steps"], found["unit"]) == (1000 * 1024, 500, "pairs")
+    assert (found["longest"], found["mean"], found["computed"]) == (1024, 768, 0.75)
+    assert found["labelled"] == pytest.approx(512 / 768)
+    alone = planned(plan, "--rows", "1000", datasets=far, rl="orpo", share_prefixes="off", max_prompt_len=128)["work"]
+    assert (alone["computed"], alone["shared"]) == (1.0, 0.0)
+    assert alone["labelled"] == pytest.approx((2 * 384 + 128) / 1024)  # the prompt of the chosen side too
+    assert planned(plan, "--rows", "10", datasets=far, rl="kto")["work"]["tokens"] == 5120
+    status, out, _ = plan("--memory", "2GiB", datasets=far, rl="dpo", adapter=None, lora_r=None)
+    assert status == 0 and "both answers with the prompt taken to be sequence_len long" in out
+    assert "longest pair" in out and "a copy of the starting values" in out
+    status, out, _ = plan("--memory", "2GiB", "--fit", datasets=far, rl="dpo")
+    assert status == 0 and "one pair, both answers with the prompt as long" in out
+    status, _, err = plan("--tokens", "10241", "--rows", "10", datasets=far, rl="dpo")
+    assert status == 2 and "either answer of a pair with its prompt has at least one token and at most" in err
+
+
 def test_stated_tokens_and_rows_take_the_place_of_the_data(plan: Plan) -> None:
     found = planned(plan, "--rows", "1000", "--tokens", "50000", datasets=[{"path": "no/such-set", "type": "alpaca"}])
     assert found["work"]["steps"] == 500 and found["work"]["tokens"] == 50000 and found["work"]["mean"] == 50
@@ -223,7 +330,7 @@ def test_work_of_a_token_is_two_for_each_multiply() -> None:
         shape = shape_of(model)
         # Eager attention multiplies what the mask takes out as well.
         attention = 6 * len(shape.layers) * shape.query_width * 64
-        assert (flops_per_token(shape, work, "keep") + attention) * 64 == pytest.approx(
+        assert (flops_per_token(shape, work, Engine()) + attention) * 64 == pytest.approx(
             counter.get_total_flops(), rel=0.03
         )
 

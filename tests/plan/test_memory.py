@@ -13,7 +13,8 @@ from luthier.config import Config
 from luthier.config.optimizers import OPTIMIZERS, OptimizerName
 from luthier.models.recompute import MODES
 from luthier.plan import memory
-from luthier.plan.memory import Engine, Pass, memory_of, weight_bytes
+from luthier.plan.engine import Engine, Pass
+from luthier.plan.memory import memory_of, weight_bytes
 from luthier.plan.optimizers import state_bytes
 from luthier.plan.shape import shape_of
 from luthier.train.optim import Masters
@@ -23,7 +24,7 @@ from tests.plan.traced import Traced, run_step
 
 
 def _total(step: Traced) -> float:
-    return step.static + step.optimizer + step.peak
+    return step.static + step.optimizer + step.peak + step.copy
 
 
 @pytest.mark.parametrize(
@@ -56,6 +57,62 @@ def test_kept_tensors_and_the_peak_within_a_tenth(settings: dict[str, Any]) -> N
     assert predicted.weights + 4 * shape.adapters == step.static
     assert predicted.optimizer == pytest.approx(step.optimizer, rel=0.01)
     assert memory._gradients(shape, engine) == step.gradients
+
+
+# Prompt, chosen, rejected. In fp32 branches have masks: small ones are made once, those of the long pair in each layer.
+PAIRS, LONG = [(300, 200, 250), (200, 150, 100)], [(800, 500, 500)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(rl="dpo", pairs=PAIRS),
+        dict(rl="dpo", pairs=PAIRS, lora=False),
+        dict(rl="orpo", pairs=PAIRS),
+        dict(rl="orpo", pairs=PAIRS, lora=False, vocab_size=4096),
+        dict(rl="dpo", pairs=LONG, family="qwen3"),
+        dict(rl="dpo", pairs=PAIRS, family="phi3"),
+        dict(rl="dpo", pairs=PAIRS, recompute="layer"),
+        dict(rl="dpo", pairs=PAIRS, vocab_size=4096, recompute="layer"),
+    ],
+    ids=lambda s: " ".join(map(str, s.values())),
+)
+def test_preference_runs_within_a_tenth(settings: dict[str, Any]) -> None:
+    """Their prompts computed once, the reference's forward before the policy's, its copy where all weights train."""
+    step = run_step(**{"family": "llama", **settings})
+    predicted = memory_of(step.shape, step.engine, step.one)
+    assert predicted.total == pytest.approx(_total(step), rel=0.1)
+    assert predicted.reference == step.copy
+    assert (step.copy > 0) == (settings["rl"] == "dpo" and not settings.get("lora", True))
+    if settings["rl"] == "dpo" and "vocab_size" in settings:  # the reference's logits come to the same
+        assert predicted.moment == "logits of a pass"
+    if "recompute" not in settings and settings.get("lora", True):
+        kept = memory.activations(step.shape, step.engine, step.one) + 4 * step.shape.stacked
+        assert kept + step.one.labels * step.shape.hidden * 4 == pytest.approx(step.kept, rel=0.03)
+
+
+def test_what_the_reference_keeps_is_what_it_says() -> None:
+    """A copy of all weights, of modules that are trained whole, or of an adapter that is trained further."""
+    from luthier.config import AdapterConfig
+    from luthier.models.lora import add_lora
+    from luthier.models.reference import Reference
+
+    def bytes_of(model: Any, **values: Any) -> tuple[float, int]:
+        engine = Engine(compute=4, frozen=4, reference=True, **values)
+        return memory.starting_values(shape_of(model), engine), Reference.of(model).nbytes
+
+    said, kept = bytes_of(_trained(toy_model("llama")))
+    assert said == kept > 0
+    for modules, moved in (([], False), (["lm_head"], False), (["lm_head"], True)):
+        model = toy_model("llama", tie_word_embeddings=False)
+        adapter = AdapterConfig(adapter="lora", lora_r=4, lora_target_linear=True, lora_modules_to_save=modules)
+        add_lora(model, adapter, 0)
+        if moved:
+            for name, parameter in model.named_parameters():
+                parameter.data += 0.1 * ("lora_B" in name)
+        said, kept = bytes_of(model, moved=moved)
+        assert said == kept and (kept > 0) == bool(modules)
+    assert memory.starting_values(shape_of(model), Engine()) == 0
 
 
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in ("keep", "offload")])

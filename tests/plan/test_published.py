@@ -14,8 +14,9 @@ import pytest
 
 from luthier.config import AdapterConfig, Config
 from luthier.plan.cards import card_named
+from luthier.plan.engine import Engine, Pass
 from luthier.plan.families import sizes
-from luthier.plan.memory import Engine, Memory, Pass, largest, memory_of, rule_of_thumb
+from luthier.plan.memory import Memory, largest, memory_of, rule_of_thumb
 from luthier.plan.read import adapter_shape
 from luthier.plan.shape import Shape
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from luthier.config import AdapterConfig, Config, FreezeConfig
+from luthier.data.loader import Completions
 from luthier.models.freeze import set_trainable
 from luthier.models.fuse import fuse_policy
 from luthier.models.isolation import build_policy
@@ -18,11 +20,14 @@ from luthier.models.load import use_flat_attention
 from luthier.models.lora import add_lora
 from luthier.models.policy import Policy
 from luthier.models.recompute import TILE, Mode
-from luthier.objectives.sft import sft
-from luthier.plan.memory import Engine, Pass
+from luthier.models.reference import Reference
+from luthier.objectives.preference import preference
+from luthier.objectives.sft import SFT
+from luthier.plan.engine import Engine, Pass
 from luthier.plan.shape import Shape, shape_of
 from luthier.train.optim import Masters
 from luthier.train.optimizers import build_optimizer
+from luthier.train.preferences import ReferenceLogps
 from tests.models.families import toy_model
 
 # Wide and long enough that activations weigh as much as they do in earnest, beside what is there once.
@@ -50,6 +55,7 @@ class Traced:
     peak: int
     optimizer: int
     gradients: int
+    copy: int
 
 
 def run_step(
@@ -62,9 +68,16 @@ def run_step(
     kernels: bool = True,
     optimizer: str = "adamw_torch_fused",
     dora: bool = False,
+    rl: str | None = None,
+    pairs: Sequence[tuple[int, int, int]] = (),
     **changes: Any,
 ) -> Traced:
-    """One pass, backward and optimizer step, the third of three, traced."""
+    """One pass, backward and optimizer step, the third of three, traced.
+
+    Args:
+        rl: a preference run, with the reference's forward where it has one. pairs: tokens of the shared prompt, of the
+            chosen and of the rejected answer, in place of `lengths` and `labels`.
+    """
     from transformers import AutoModelForCausalLM
 
     small = toy_model(family)
@@ -85,7 +98,7 @@ def run_step(
     else:
         set_trainable(model, FreezeConfig())
     policy = build_policy(model, dropout, 1024)
-    policy.weighted_sum = True
+    policy.weighted_sum = rl is None
     if kernels:
         fuse_policy(policy)
     Recomputation(model).set_all(recompute)
@@ -95,12 +108,19 @@ def run_step(
     ).training
     masters = Masters(model)
     stepper = build_optimizer(masters, training)
-    batch = _batch(lengths, labels, config.vocab_size)
+    batch = _pairs(pairs, config.vocab_size) if pairs else _batch(lengths, labels, config.vocab_size)
+    labels = len(batch.position_N)
+    reference = Reference.of(model) if rl in ("dpo", "ipo") else None
+    objective: Any = SFT()
+    if rl is not None:
+        settings = Config.from_flat({"base_model": "x", "datasets": [{"path": "x"}], "rl": rl}).preference
+        before = None if reference is None else ReferenceLogps(reference)
+        objective = preference(settings, before, before, lambda number: number)
+    of_step = SimpleNamespace(rows=pairs, trained_tokens=labels, chosen_tokens=labels)
 
     def step() -> None:
         masters.zero_grad()
-        logps, _ = policy(batch)
-        sft(logps, batch.weight_N, float(labels)).backward()
+        objective(policy, batch, of_step)[0].backward()
         stepper.step()
         masters.publish()
 
@@ -110,14 +130,23 @@ def run_step(
     state = [t for held in stepper.state.values() for t in held.values() if isinstance(t, torch.Tensor)]
     state_bytes = sum(t.untyped_storage().nbytes() for t in state)
     static = sum(p.untyped_storage().nbytes() for p in {id(p): p for p in model.parameters()}.values())
+    copy = 0 if reference is None else reference.nbytes
     kept = _kept(policy, batch)
     peak = _peak(step)
     gradients = sum(m.grad.nbytes for m in masters if m.grad is not None)
     engine = Engine(
-        compute=4, frozen=4, slices=True, cpu=True, optimizer=optimizer, recompute=recompute, tile=TILE["cpu"]
+        compute=4,
+        frozen=4,
+        slices=True,
+        cpu=True,
+        optimizer=optimizer,
+        recompute=recompute,
+        tile=TILE["cpu"],
+        weighted=rl is None,
+        reference=reference is not None,
     )
-    one = Pass(sum(lengths), labels, max(lengths), sum(n * n for n in lengths), len(lengths))
-    return Traced(shape_of(model, fused=kernels), engine, one, static, kept, peak, state_bytes, gradients)
+    one = Pass.of(batch.lengths, batch.parents, labels, several=False)
+    return Traced(shape_of(model, fused=kernels), engine, one, static, kept, peak, state_bytes, gradients, copy)
 
 
 def _batch(lengths: tuple[int, ...], labels: int, vocabulary: int) -> Any:
@@ -129,10 +158,51 @@ def _batch(lengths: tuple[int, ...], labels: int, vocabulary: int) -> Any:
         lengths=lengths,
         parents=(-1,) * len(lengths),
         cu_seqlens=torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32),
+        drawn=lengths,
         seeds=tuple(range(len(lengths))),
         position_N=torch.randperm(total, generator=generator)[:labels].sort().values,
         target_N=torch.randint(0, vocabulary, (labels,), generator=generator),
         weight_N=torch.ones(labels),
+    )
+
+
+def _pairs(pairs: Sequence[tuple[int, int, int]], vocabulary: int) -> Any:
+    """Pairs with their prompts computed once, every token of the answers labelled."""
+    segments = [n for pair in pairs for n in pair]
+    starts = [0, *torch.tensor(segments).cumsum(0).tolist()]
+    positions = [torch.arange(prompt + n) for prompt, chosen, _ in pairs for n in (chosen,)]
+    generator = torch.Generator().manual_seed(1)
+    flat, places, owners = [], [], []
+    for number, (prompt, chosen, rejected) in enumerate(pairs):
+        flat += [positions[number], torch.arange(prompt, prompt + rejected)]
+        begin = starts[3 * number]
+        last = begin + prompt - 1
+        for side, (start, n) in enumerate([(begin + prompt, chosen), (begin + prompt + chosen, rejected)]):
+            places.append(torch.tensor([last, *range(start, start + n - 1)]))
+            owners += [2 * number + side] * n
+    position_N = torch.cat(places)
+    owner_N = torch.tensor(owners)
+    labels, total = len(position_N), sum(segments)
+    lengths = tuple(segments)
+    return SimpleNamespace(
+        input_ids=torch.randint(0, vocabulary, (total,), generator=generator),
+        position_ids=torch.cat(flat),
+        lengths=lengths,
+        parents=tuple(parent for n in range(len(pairs)) for parent in (-1, 3 * n, 3 * n)),
+        cu_seqlens=torch.tensor(starts, dtype=torch.int32),
+        drawn=lengths,
+        seeds=tuple(range(len(lengths))),
+        position_N=position_N,
+        target_N=torch.randint(0, vocabulary, (labels,), generator=generator),
+        weight_N=torch.ones(labels),
+        rows=tuple(range(len(pairs))),
+        completions=Completions(
+            entry_M=torch.arange(labels),
+            completion_M=owner_N,
+            tokens_C=torch.bincount(owner_N).float(),
+            desirable_C=torch.tensor([True, False] * len(pairs)),
+            nll_weight_N=(owner_N % 2 == 0).float(),
+        ),
     )
 
 

@@ -29,6 +29,23 @@ def rows_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def pairs_file(tmp_path: Path) -> Path:
+    """Forty-eight pairs; some prompts occur twice, some answers begin alike."""
+    path = tmp_path / "pairs.jsonl"
+    with path.open("w") as file:
+        for n in range(48):
+            topic = n % 40
+            words = " ".join(str(topic * k % 97) for k in range(1 + topic * 7 % 30))
+            row = {
+                "prompt": f"Add {topic} and {topic + 1}, and leave alone: {words}\n",
+                "chosen": f"The sum is {2 * topic + 1}, {n}",
+                "rejected": f"The sum is {'not known ' * (n % 5)}to me, {n}" if n % 2 else f"No. {n}",
+            }
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+@pytest.fixture
 def run_config(rows_file: Path, toy_llama_dir: Path, tmp_path: Path) -> Callable[..., Config]:
     """Flat keys -> Config of a quick LoRA run on the toy model."""
 

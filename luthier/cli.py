@@ -44,9 +44,12 @@ VERBS: dict[str, Verb] = {
         "luthier.plan.command:command", "Say what a run will need: memory, time, cost.", takes_overrides=True
     ),
     "generate": Verb("luthier.generate.cli:command", "Let a model or a run answer."),
+    "evaluate": Verb("luthier.evaluate.command:command", "Measure a run or a model, alone or beside its base."),
+    "judge": Verb("luthier.evaluate.judge.command:command", "Let a model or a person say whose answers are better."),
     "merge-lora": Verb(
         "luthier.export.command:command", "Merge an adapter, or several, into the base.", takes_overrides=True
     ),
+    "report": Verb("luthier.experiments.report:command", "Show what a run did, or several, as one page."),
     "demo": Verb("luthier.demo.command:demo", "Train a tiny model and see that it learned."),
     "config-schema": Verb(
         "luthier.config.reference:command", "Print the JSON Schema of the config, for editors."

@@ -14,7 +14,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "luthier"
 
 EVERYTHING = {
-    "config", "data", "demo", "doctor", "errors", "evaluate", "export", "generate", "kernels", "models",
+    "config", "data", "demo", "doctor", "errors", "evaluate", "experiments", "export", "generate", "kernels", "models",
     "objectives", "plan", "train",
 }  # fmt: skip
 
@@ -43,8 +43,8 @@ ALLOWED: dict[str, set[str]] = {
 }
 OF_MODULE: dict[str, set[str]] = {
     "train.loop": set(),
-    "train.run": EVERYTHING - {"demo", "doctor", "export"},
-    "train.finish": {"config", "plan"},
+    "train.run": EVERYTHING - {"demo", "doctor", "experiments", "export"},
+    "train.finish": {"config", "experiments", "plan"},  # a run ends with its report
     "train.passes": {"config", "data", "models"},
     "train.evaluators": {"config", "data", "evaluate", "generate", "models"},
     "train.preferences": {"config", "data", "evaluate", "models", "objectives"},

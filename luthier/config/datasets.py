@@ -19,6 +19,7 @@ TURNS_TYPES = ("default", "argilla", "argilla_chat", "icr", "intel", "prompt_pai
 PREFERENCE_NAMES = (
     *(f"chat_template.{name}" for name in ("default", "argilla", "argilla_chat")),
     *(f"{style}.{name}" for style in ("chatml", "llama3") for name in TURNS_TYPES),
+    *("chatml", "llama3"),
     "zephyr.nectar",
     "user_defined.default",
     "passthrough.default",

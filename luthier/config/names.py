@@ -90,6 +90,7 @@ ELSEWHERE: dict[str, str] = {
     "dpo_padding_free": "Leave it out: padding is never computed here.",
     "use_logits_to_keep": "Leave it out: logits are only ever computed for tokens of answers.",
     "dpo_use_logits_to_keep": "Leave it out: logits are only ever computed for tokens of answers.",
+    "remove_unused_columns": "Leave it out: columns that a type does not read are never in the way.",
     "generate_during_eval": "Write `generate_samples: true`.",
     "disable_dropout": "Write `lora_dropout: 0`.",
     "rope_scaling": "Write rope_parameters, with rope_type and factor.",

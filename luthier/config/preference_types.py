@@ -90,6 +90,9 @@ PREFERENCE_TYPES: dict[str, PreferenceType] = {
     "chat_template.argilla_chat": PreferenceType("template", ()),
     **{f"chatml.{name}": replace(kind, turns=CHATML) for name, kind in _IN_TURNS.items()},
     **{f"llama3.{name}": replace(kind, turns=LLAMA3) for name, kind in _IN_TURNS.items()},
+    # A style alone is its default.
+    "chatml": replace(_ARGILLA, turns=CHATML),
+    "llama3": replace(_ARGILLA, turns=LLAMA3),
     "zephyr.nectar": PreferenceType("turns", turns=ZEPHYR, ranked="answers"),
     "user_defined.default": USER_DEFINED,
     "passthrough.default": UNTYPED,

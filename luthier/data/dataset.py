@@ -139,12 +139,12 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
     """
     began = time.perf_counter()
     data = config.data
-    store, key, cached = _documents_of(data.datasets, config, tokenizer)
+    store, key, cached = documents_of(data.datasets, config, tokenizer)
     train = TokenDataset(store)
     sources = [SourceReport.from_json(source) for source in store.meta["sources"]]
     validation, test_sources, test_key = None, [], ""
     if data.test_datasets:
-        test_store, test_key, test_cached = _documents_of(data.test_datasets, config, tokenizer)
+        test_store, test_key, test_cached = documents_of(data.test_datasets, config, tokenizer)
         validation = TokenDataset(test_store)
         test_sources = [SourceReport.from_json(source) for source in test_store.meta["sources"]]
         cached = cached and test_cached
@@ -207,7 +207,7 @@ def split_off(dataset: TokenDataset, rows: int, size: float, seed: int) -> tuple
 # --- tokenising, or not -------------------------------------------------------------------------------------
 
 
-def _documents_of(
+def documents_of(
     entries: Sequence[DatasetEntry], config: Config, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Store, str, bool]:
     """The entries' documents, their cache key, and whether they were in the cache."""

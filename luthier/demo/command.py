@@ -110,8 +110,7 @@ def answers(model_path: str, config: Config, questions: list[Question], console:
     from luthier.data.formats import prompt_example
     from luthier.data.render import Renderer
     from luthier.data.tokenizer import terminator_ids
-    from luthier.generate.engine import Engine
-    from luthier.generate.sampling import Sampling
+    from luthier.evaluate.answers import greedy_answers
     from luthier.models.assemble import open_for_inference
 
     model, tokenizer, _ = open_for_inference(model_path)
@@ -124,12 +123,15 @@ def answers(model_path: str, config: Config, questions: list[Question], console:
     columns = (TextColumn("    answering"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("", total=len(prompts))
-        completions = Engine(model, tokenizer, terminator_ids(tokenizer, config)).generate(
+        found = greedy_answers(
+            model,
+            tokenizer,
+            terminator_ids(tokenizer, config),
             prompts,
-            Sampling(max_new_tokens=MAX_NEW_TOKENS, do_sample=False),
-            on_done=lambda index, completion: progress.advance(bar),
+            max_new_tokens=MAX_NEW_TOKENS,
+            on_done=lambda: progress.advance(bar),
         )
-    return [done.text if done.finish_reason == "stop" else f"{done.text} ..." for done in completions]
+    return [answer.shown for answer in found]
 
 
 def accuracy_table(questions: list[Question], before: list[str], after: list[str]) -> Table:

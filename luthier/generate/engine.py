@@ -163,6 +163,27 @@ class Engine:
 
         return TextDeltas(pieces)
 
+    @torch.no_grad()
+    def next_logps(
+        self,
+        prompts: Sequence[Sequence[int]],
+        candidates: Sequence[Sequence[int]],
+        on_done: Callable[[int, list[float]], None],
+    ) -> None:
+        """Log-probs of some ids as the very next token: one pass over every prompt, batched as in `generate`.
+
+        `candidates`: the ids that are asked for, per prompt. `on_done(index, logps)` is called for each prompt, in
+        nats over the whole vocabulary. DataError as in `generate`.
+        """
+        sampling = Sampling(max_new_tokens=1, do_sample=False)
+        settings = sampling.resolve(self.model)
+        with _evaluating(self.model):
+            for rows in self._batches(self._rows(prompts, sampling, settings), settings):
+                _, _, inputs = self._first_inputs(rows)
+                logps_BV = self.model(**inputs).logits[:, -1].float().log_softmax(-1).cpu()
+                for row, logps_V in zip(rows, logps_BV, strict=True):
+                    on_done(row.index, logps_V[list(candidates[row.index])].tolist())
+
     def described(self, sampling: Sampling) -> dict[str, Any]:
         """The values as they will be used, for a table; greedy is temperature 0 and top_p 1."""
         resolved = sampling.resolve(self.model, self.default_new_tokens)
@@ -253,6 +274,18 @@ class Engine:
         cache.batch_repeat_interleave(len(rows))
         return shared, {CACHE_NAMES[0]: cache}
 
+    def _first_inputs(self, rows: Sequence[_Row]) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+        """Ids and mask as `_laid_out` gives them, and what the pass over the prompts takes."""
+        device = self.model.get_input_embeddings().weight.device
+        width = max(len(row.prompt_ids) for row in rows)
+        shared, inputs = self._shared_beginning(rows, device)
+        ids, mask = _laid_out(rows, shared, width, device)
+        inputs |= {"input_ids": ids[:, shared:width], "use_cache": True, **self._keep_last}
+        if mask is not None:
+            inputs["attention_mask"] = mask[:, :width]
+            inputs["position_ids"] = (mask[:, :width].cumsum(-1) - 1).clamp(min=0)[:, shared:]
+        return ids, mask, inputs
+
     @torch.no_grad()
     def _run(self, rows: list[_Row], settings: GenerationConfig) -> Iterator[_Row]:
         """The loop: yields each row whenever it has got a token.
@@ -264,12 +297,7 @@ class Engine:
         device = self.model.get_input_embeddings().weight.device
         width = max(len(row.prompt_ids) for row in rows)
         chooser = Chooser(self.model, settings, sorted(self.terminators), width, device)
-        shared, inputs = self._shared_beginning(rows, device)
-        ids, mask = _laid_out(rows, shared, width, device)
-        inputs |= {"input_ids": ids[:, shared:width], "use_cache": True, **self._keep_last}
-        if mask is not None:
-            inputs["attention_mask"] = mask[:, :width]
-            inputs["position_ids"] = (mask[:, :width].cumsum(-1) - 1).clamp(min=0)[:, shared:]
+        ids, mask, inputs = self._first_inputs(rows)
         end = width
         while True:
             # 1. One forward pass: the prompts at first, then the last token of every row.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -175,6 +175,62 @@ def open_for_inference(
     Raises:
         ModelError: nothing loadable there.
     """
+    found = _find(path)
+    device = device or choose_device(found.loading.model.device_map)
+    dtype = dtype or choose_dtype(found.loading, device)
+    tokenizer = _tokenizer_beside(found.folder, found.base, found.loading)
+    model = load_model(found.loading, tokenizer, device, dtype)
+    if found.is_adapter and found.folder:
+        settings = adapter_files.adapter_settings(found.folder)
+        adapter_files.load_adapter(model, found.folder, settings)
+        if quantize.is_quantized(model):
+            quantize.take_over(model)
+        else:
+            adapter_files.merge_into_base(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model.eval(), tokenizer, found.run
+
+
+def tokenizer_for_inference(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that `open_for_inference` gives, without the model: to see first whether the data is in order.
+
+    Raises:
+        ModelError: nothing loadable there.
+    """
+    found = _find(path)
+    return _tokenizer_beside(found.folder, found.base, found.loading)
+
+
+def open_base(
+    run: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """The base model of a run as it was before: stored as in the run, with room for the tokens that the run added (each
+    the mean of the others), without an adapter."""
+    device = device or choose_device(run.model.device_map)
+    model = load_model(run, tokenizer, device, dtype or choose_dtype(run, device))
+    if quantize.is_quantized(model):
+        quantize.take_over(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model.eval()
+
+
+class _Found(NamedTuple):
+    """What lies at a path: the folder (None on the hub), the base and what it is loaded with, the run's config."""
+
+    folder: Path | None
+    is_adapter: bool
+    base: str
+    loading: Config
+    run: Config | None
+
+
+def _find(path: str) -> _Found:
     folder = Path(path).expanduser()
     config = None
     if (folder / RUN_CONFIG).is_file():
@@ -197,21 +253,7 @@ def open_for_inference(
         )
     described = adapter_files.read_adapter_config(source) if is_adapter and source else {}
     base = described.get("base_model_name_or_path") or str(source or path)
-    loading = _loading_config(base, described.get("revision"), config)
-    device = device or choose_device(loading.model.device_map)
-    dtype = dtype or choose_dtype(loading, device)
-    tokenizer = _tokenizer_beside(source, base, loading)
-    model = load_model(loading, tokenizer, device, dtype)
-    if is_adapter and source:
-        settings = adapter_files.adapter_settings(source)
-        adapter_files.load_adapter(model, source, settings)
-        if quantize.is_quantized(model):
-            quantize.take_over(model)
-        else:
-            adapter_files.merge_into_base(model)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return model.eval(), tokenizer, config
+    return _Found(source, is_adapter, base, _loading_config(base, described.get("revision"), config), config)
 
 
 def _loading_config(base: str, revision: str | None, run: Config | None) -> Config:

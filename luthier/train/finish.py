@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from luthier.config import Config
 from luthier.errors import RunError
+from luthier.experiments.report import write_report
 from luthier.plan.measured import Peak
 from luthier.train import checkpoint
 from luthier.train.artifacts import plot_losses, write_model_card
 from luthier.train.checkpoint import Checkpoints, State
-from luthier.train.folder import publish
+from luthier.train.files import write_json_atomic
+from luthier.train.folder import SUMMARY, publish
 from luthier.train.metrics import Recorder, overfitting_since
 from luthier.train.optim import Masters
+
+log = logging.getLogger("luthier")
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ def finish(
     examples: int,
     peak: Peak | None = None,
 ) -> RunResult:
-    """The result at the top of the run folder: adapter or model, tokenizer, card, plot.
+    """The result at the top of the run folder: adapter or model, tokenizer, card, plot, summary, report.
 
     Args:
         peak: memory as it was predicted and measured, where both are known.
@@ -80,14 +86,24 @@ def finish(
         publish(folder, checkpoints.write_model)
         write_model_card(folder, config, summary)
         plot_losses(folder)
+        ended = {"finished": datetime.now(UTC).isoformat(timespec="seconds")}
+        write_json_atomic(folder / SUMMARY, summary | ended)
     except OSError as error:
         last = checkpoint.latest(folder)
         raise RunError(f"{folder}: the result cannot be written: {error}; it is whole in {last}") from error
+    _draw_report(folder)
     what = "adapter" if config.adapter.adapter else "model"
     recorder.say(
         f"done: {state.step} steps, {state.trained_tokens:,} trained tokens; the {what} is in {folder}"
     )
     return RunResult(folder, True, state, summary)
+
+
+def _draw_report(folder: Path) -> None:
+    try:
+        write_report(folder)
+    except Exception as error:  # whatever it is: the run has ended, and `luthier report` can be called again
+        log.warning("no report was made: %s: %s; `luthier report %s` tries again", type(error).__name__, error, folder)
 
 
 def last_loss(folder: Path) -> float | None:

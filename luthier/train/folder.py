@@ -21,6 +21,8 @@ log = logging.getLogger("luthier")
 CONFIG = "config.yaml"
 # Tokens of a pass that a run which ended out of memory has to go on with (`train.passes`).
 SMALLER_PASSES = "smaller_passes.json"
+# What a run came to: there once it has ended, and gone while it goes on.
+SUMMARY = "summary.json"
 
 # What a run writes at the top of its folder; overwriting removes these and leaves anything else alone.
 _OWN = (
@@ -28,6 +30,10 @@ _OWN = (
     SMALLER_PASSES,
     "metrics.jsonl",
     "samples.jsonl",
+    "notes.jsonl",
+    SUMMARY,
+    "report.html",
+    "evaluation",
     "environment.json",
     "README.md",
     "loss.png",

@@ -1,4 +1,5 @@
-"""What a run says while it goes: rows in `metrics.jsonl`, and a progress bar or plain lines.
+"""What a run says while it goes: rows in `metrics.jsonl`, what is odd about them in `notes.jsonl`, and a bar or plain
+lines.
 
 A row is written and flushed at once; a resumed run drops the rows after its checkpoint, since it will write
 them again.
@@ -23,7 +24,7 @@ from luthier.train.checkpoint import State, Window
 
 log = logging.getLogger("luthier")
 
-METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+METRICS, SAMPLES, NOTES = "metrics.jsonl", "samples.jsonl", "notes.jsonl"
 
 # Everything that also wants the rows: (row, step).
 Sink = Callable[[dict[str, Any], int], None]
@@ -53,10 +54,11 @@ class Recorder:
         self.sinks = sinks
         self.sample_sinks = sample_sinks
         self.notice = notice
-        drop_rows_after(folder / METRICS, from_step)
-        drop_rows_after(folder / SAMPLES, from_step)
+        for name in (METRICS, SAMPLES, NOTES):
+            drop_rows_after(folder / name, from_step)
         self._metrics: TextIO = (folder / METRICS).open("a", encoding="utf-8")
         self._samples = folder / SAMPLES
+        self._notes = folder / NOTES
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._from_step = from_step
@@ -137,6 +139,8 @@ class Recorder:
     def _say_noticed(self, row: dict[str, Any]) -> None:
         for sentence in self.notice(row):
             self.say(f"warning: {sentence}")
+            with _writing(self._notes), self._notes.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": row["step"], "note": sentence}, ensure_ascii=False) + "\n")
 
     def _write(self, row: dict[str, Any]) -> None:
         kept = {name: value for name, value in row.items() if name != "eta_seconds"}

@@ -52,7 +52,7 @@ from luthier.train.distributed import Processes
 from luthier.train.evaluators import evaluation, sampling
 from luthier.train.files import write_text_atomic
 from luthier.train.finish import RunResult, finish
-from luthier.train.folder import CONFIG, RunFolder, shared_folder
+from luthier.train.folder import CONFIG, SUMMARY, RunFolder, shared_folder
 from luthier.train.interrupt import Interrupt, terminated_with_a_message
 from luthier.train.intervals import build_plan
 from luthier.train.loop import OutOfMemory, fit
@@ -182,6 +182,7 @@ def _train(
     state.tokens_asked = config.training.max_tokens_per_pass
     if processes.main:
         opened.clear()
+        (folder / SUMMARY).unlink(missing_ok=True)
         write_text_atomic(folder / CONFIG, config.to_yaml())
         write_environment(
             folder,
@@ -191,6 +192,7 @@ def _train(
                 "dtype": str(dtype)[6:],
                 "processes": processes.size,
                 "tokens_per_pass": budget.tokens,
+                "total_steps": total_steps,
             },
         )
 

@@ -52,6 +52,7 @@ DPO, KTO, SIMPO = "rl: dpo\n", "rl: kto\n", "rl: simpo\n"
         (DPO + "dpo_beta: 0.1", "Write rl_beta."),
         (DPO + "loss_type: hinge", "Write dpo_loss_type"),
         (DPO + "max_prompt_length: 512", "Write max_prompt_len."),
+        (DPO + "remove_unused_columns: false", "remove_unused_columns is not a key of the config. Leave it out"),
         (DPO + "ref_model: m", "the reference is the model as the run begins"),
         (DPO + "dpo_norm_loss: true", "Write `dpo_loss_type: sigmoid_norm`"),
         (SIMPO + "simpo_beta: 2", "Write rl_beta."),

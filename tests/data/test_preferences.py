@@ -282,6 +282,7 @@ SYSTEMS = {
 TEXTS = {"chosen": GOOD, "rejected": BAD}
 WHOLE = {"chosen": ASK + said(GOOD), "rejected": ASK + said(BAD)}
 TURNS_ROWS: list[tuple[str, Row]] = [
+    ("", {"instruction": "Add 1 and 2.", **TEXTS}),
     ("default", {"instruction": "Add 1 and 2.", **TEXTS}),
     ("argilla", {"instruction": "Add 1 and 2.", "chosen_response": GOOD, "rejected_response": BAD}),
     ("argilla", {"question": "Add 1 and 2.", **TEXTS}),
@@ -297,7 +298,7 @@ TURNS_ROWS: list[tuple[str, Row]] = [
 @pytest.mark.parametrize(("name", "row"), TURNS_ROWS)
 def test_turns_are_axolotls(style: str, name: str, row: Row) -> None:
     prompt, end = (CHATML, "<|im_end|>") if style == "chatml" else (LLAMA3, "<|eot_id|>")
-    kind = f"{style}.{name}"
+    kind = f"{style}.{name}" if name else style
     example = only(row, type=kind)
     assert (example.prompt, example.answers) == (prompt, (GOOD + end, BAD + end))
     example = only({**row, "system": "Be brief."}, type=kind)

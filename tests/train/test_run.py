@@ -95,6 +95,8 @@ def test_rows_of_metrics_and_the_folder(run_config: MakeConfig, tmp_path: Path) 
         "README.md",
         "environment.json",
         "loss.png",
+        "summary.json",
+        "report.html",
     ):
         assert (folder / name).stat().st_size > 0, name
     assert not list(folder.glob(".partial*"))
@@ -129,6 +131,35 @@ def test_rows_of_metrics_and_the_folder(run_config: MakeConfig, tmp_path: Path) 
             report_to="tensorboard",
         ).flat()
     )
+
+
+def test_a_report_that_cannot_be_drawn_costs_no_run(
+    run_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(folder: Path) -> None:
+        raise ZeroDivisionError("a flat axis")
+
+    monkeypatch.setattr("luthier.train.finish.write_report", fails)
+    assert train(run_config(max_steps=1)).finished
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+    assert not (tmp_path / "run" / "report.html").exists()
+    assert "no report was made: ZeroDivisionError: a flat axis" in caplog.text
+
+
+def test_what_a_run_came_to_is_gone_while_it_goes_on(
+    run_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(run_config(max_steps=2))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 2 and summary["finished"]
+
+    def fails(*_: object, **__: object) -> None:
+        raise RunError("stopped here")
+
+    monkeypatch.setattr("luthier.train.run.fit", fails)
+    with pytest.raises(RunError, match="stopped here"):
+        train(run_config(max_steps=4, resume_from_checkpoint="auto"))
+    assert not (tmp_path / "run" / "summary.json").exists()
 
 
 def test_stops_early_and_keeps_the_best(

@@ -1,0 +1,159 @@
+"""`luthier evaluate`: what a run or a model is worth, on data of one's own and on benchmarks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from luthier.errors import ConfigError
+
+BENCHMARKS = ("mmlu_pro",)
+DTYPES = ("auto", "fp32", "bf16", "fp16")
+SHORT_ANSWER = 32  # `answers.SHORT_ANSWER`, which would bring torch with it
+
+
+def command(
+    model: Annotated[
+        str, typer.Argument(metavar="RUN_OR_MODEL", help="Run folder, adapter, model folder, or hub id.")
+    ],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="A config, or data files (may be repeated). Default: the run's own validation data."),
+    ] = None,
+    type: Annotated[
+        str | None,
+        typer.Option(help="What the rows of data files are: alpaca, chat_template, ... Default: as in the run."),
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option(help="Another model beside it on the same rows; base: the run's base model.")
+    ] = None,
+    by: Annotated[
+        list[str] | None, typer.Option(help="Column to group rows by; may be repeated.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="So many rows, drawn by the seed.")] = None,
+    short_answer: Annotated[
+        int,
+        typer.Option(min=0, help="Rows are asked whose answer has up to so many tokens; 0 asks none."),
+    ] = SHORT_ANSWER,
+    tokens_per_pass: Annotated[
+        int | None, typer.Option(min=1, help="Most tokens in a forward pass. Default: found from memory.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps. Default: the run's, or the best.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the results. Default: RUN/evaluation.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of --limit and of the intervals.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON, and no table.")] = False,
+    benchmark: Annotated[str | None, typer.Option(help="A benchmark in place of data: mmlu_pro.")] = None,
+    subjects: Annotated[str, typer.Option(help="For --benchmark: categories, comma-separated, or all.")] = "all",
+    mode: Annotated[
+        str, typer.Option(help="For --benchmark: cot (answers with reasoning) or loglik (letters).")
+    ] = "cot",
+    shots: Annotated[
+        int | None, typer.Option(help="For --benchmark: examples before a question. Default: 5.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="For --benchmark: longest answer. Default: 2048.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="For --benchmark: most tokens of a prompt and its answer. Default: 4096.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="For --benchmark: ask in the format that the model was tuned in.")
+    ] = False,
+    record: Annotated[
+        Path | None, typer.Option(help="For --benchmark: a CSV to which the result is added.")
+    ] = None,
+) -> None:
+    """Measure a run, an adapter or a model."""
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype}: it is one of {', '.join(DTYPES)}")
+    of_benchmark = {
+        "subjects": subjects != "all",
+        "mode": mode != "cot",
+        "shots": shots is not None,
+        "max-new-tokens": max_new_tokens is not None,
+        "context": context is not None,
+        "chat": chat,
+        "record": record,
+    }
+    of_data = {
+        "compare": compare,
+        "by": by,
+        "type": type,
+        "short-answer": short_answer != SHORT_ANSWER,
+        "tokens-per-pass": tokens_per_pass,
+        "json": as_json,
+    }
+    if benchmark is None:
+        _refuse(of_benchmark, "goes with --benchmark")
+    else:
+        _refuse(of_data, "does nothing with --benchmark")
+        _run_benchmark(
+            benchmark,
+            model,
+            data=_one(data),
+            subjects=subjects,
+            mode=mode,
+            record=record,
+            output=output,
+            limit=limit,
+            shots=shots,
+            max_new_tokens=max_new_tokens,
+            context=context,
+            chat=chat,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+        )
+        return
+
+    # As late as this, so that --help does not wait for torch.
+    from luthier.evaluate.data_eval import evaluate_data
+    from luthier.evaluate.table import lines_of
+
+    path, result = evaluate_data(
+        model,
+        data=data or (),
+        type=type,
+        compare=compare,
+        by=by or (),
+        limit=limit,
+        short_answer=short_answer,
+        tokens_per_pass=tokens_per_pass,
+        dtype=dtype,  # type: ignore[arg-type]
+        device=device,
+        output=output,
+        seed=seed,
+    )
+    if as_json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+        return
+    names = result["names"]
+    print("\n".join(lines_of(result["figures"], names["target"], names["compare"])))
+    print(f"\n{path}, and row by row in {result['rows']} beside it")
+
+
+def _one(data: list[str] | None) -> str | None:
+    if data and len(data) > 1:
+        raise ConfigError("--data: a benchmark's questions are in one place: give it once")
+    return data[0] if data else None
+
+
+def _refuse(options: dict[str, Any], why: str) -> None:
+    """An option that would have no effect is an error."""
+    for option, given in options.items():
+        if given:
+            raise ConfigError(f"--{option} {why}: leave it out")
+
+
+def _run_benchmark(name: str, model: str, **options: Any) -> None:
+    if name not in BENCHMARKS:
+        raise ConfigError(f"--benchmark {name}: there is {', '.join(BENCHMARKS)}")
+    from luthier.evaluate.mmlu_pro import run_mmlu_pro
+
+    run_mmlu_pro(model, **options)

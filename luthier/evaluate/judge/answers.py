@@ -1,0 +1,337 @@
+"""What is judged: the questions, and the answers of the two sides.
+
+A side is a model (a run, an adapter, a model folder, a hub id) or a file of answers. A model answers greedily, in the
+format of its training; each answer is written down as it ends, under a key of everything that it depends on, so that
+a command that was cut off goes on where it was. A file of answers holds what a model elsewhere said, by prompt.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier.data.files import kind_of, read_file
+from luthier.errors import DataError, ModelError
+from luthier.evaluate.judge.store import Rows, digest
+
+if TYPE_CHECKING:
+    from luthier.data.examples import Example
+    from luthier.generate.engine import Engine
+
+log = logging.getLogger("luthier")
+
+RUN_CONFIG, ADAPTER_CONFIG, MODEL_CONFIG = "config.yaml", "adapter_config.json", "config.json"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+# What a model's answers depend on, of the files at the top of its folder.
+_OF_MODEL = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", RUN_CONFIG)
+LONGEST = 512  # new tokens of an answer where neither the command nor the model says
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question. `question`: as a judge reads it, and what answers are matched by. `messages`: a conversation."""
+
+    question: str
+    instruction: str
+    input: str = ""
+    system: str | None = None
+    messages: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass
+class Answers:
+    """The answers of one side by question. `unanswered`: question -> why there is none; `cut`: stopped by length."""
+
+    by_question: dict[str, str]
+    unanswered: dict[str, str]
+    cut: int = 0
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two that are compared.
+
+    Attributes:
+        target: as the user wrote it. names: what the model and those that it was made from are called: resolved paths,
+            hub ids, names in a file of answers. fingerprint: changes when the model or the file does.
+    """
+
+    target: str
+    is_file: bool
+    names: frozenset[str]
+    fingerprint: str
+
+
+def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
+    """Questions of a text file (one a line) or of rows with `prompt`, with `instruction` and `input`, or with
+    `messages`; repeated ones once.
+
+    Raises:
+        DataError: no such file, nothing in it, or a row without a question.
+    """
+    prompts: dict[str, Prompt] = {}
+    repeated = 0
+    for where, row in _rows_of(path):
+        prompt = _prompt_of(row, where)
+        repeated += prompt.question in prompts
+        prompts.setdefault(prompt.question, prompt)
+    if not prompts:
+        raise DataError(f"{path}: there is no prompt in it")
+    if repeated:
+        log.info("%s: %d prompts are repeated; each is asked once", path, repeated)
+    found = list(prompts.values())
+    if limit is not None and limit < len(found):
+        log.info("%s: the first %d of %d prompts", path, limit, len(found))
+        return found[:limit]
+    return found
+
+
+def _rows_of(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file")
+    kind = kind_of(path)
+    if kind is None:
+        try:
+            lines = path.read_text(encoding="utf-8").split("\n")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not valid UTF-8 ({error.reason}). Save the file as UTF-8") from error
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield f"{path}:{number}", {"prompt": line.strip()}
+        return
+    for number, row in read_file(path, kind):
+        if isinstance(row, DataError):
+            raise DataError(f"{path}:{number}: {row}")
+        yield f"{path}:{number}", row
+
+
+def _prompt_of(row: dict[str, Any], where: str) -> Prompt:
+    prompt, system = row.get("prompt", row.get("instruction")), row.get("system")
+    messages = prompt if isinstance(prompt, list) else row.get("messages") if prompt is None else None
+    if messages is not None:
+        return _conversation(messages, where)
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise DataError(
+            f"{where}: a row needs a text under prompt, or instruction and input, or a conversation under messages; "
+            f"this one has {', '.join(row) or 'nothing'}"
+        )
+    added = row.get("input") or ""
+    if not isinstance(added, str) or not isinstance(system, str | None):
+        raise DataError(f"{where}: input and system must be text")
+    question = f"{prompt}\n\n{added}" if added.strip() else prompt
+    return Prompt(_with_system(question.strip(), system), prompt, added, system or None)
+
+
+def _conversation(messages: Any, where: str) -> Prompt:
+    if not isinstance(messages, list) or not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    ):
+        raise DataError(f"{where}: messages must be a list of objects with role and content, both text")
+    turns = list(messages)
+    while turns and turns[-1]["role"] == "assistant":  # the answers of the data, not asked for here
+        turns.pop()
+    if not turns or turns[-1]["role"] != "user":
+        raise DataError(f"{where}: the conversation has no user turn that an answer could follow")
+    system = turns[0]["content"] if turns[0]["role"] == "system" else None
+    spoken = turns[1:] if system is not None else turns
+    if len(spoken) == 1:
+        question = _with_system(spoken[0]["content"].strip(), system)
+    else:
+        question = "\n\n".join(f"{turn['role']}: {turn['content'].strip()}" for turn in turns)
+    return Prompt(question, turns[-1]["content"], "", system, tuple(turns))
+
+
+def _with_system(question: str, system: str | None) -> str:
+    return f"system: {system.strip()}\n\nuser: {question}" if system and system.strip() else question
+
+
+# --- the two sides -------------------------------------------------------------------------------------------------
+
+
+def open_side(target: str) -> Side:
+    """Find out what a side is, without loading anything. ModelError: it is nothing."""
+    path = Path(target).expanduser()
+    if path.is_file():
+        said = {row[name] for _, row in _rows_of(path) for name in ("model", "generator") if row.get(name)}
+        names = {path.stem, *(str(name) for name in said)}
+        names |= {name for model in said for name in model_names(str(model))}
+        return Side(target, True, frozenset(names), digest(path.read_text(encoding="utf-8", errors="replace")))
+    check_model(target)
+    return Side(target, False, frozenset(model_names(target)), fingerprint(target))
+
+
+def check_model(target: str) -> None:
+    """Refuse what cannot be a model before another one has answered for hours. ModelError says what is missing."""
+    folder = Path(target).expanduser()
+    if folder.is_dir() and not any((folder / name).is_file() for name in (ADAPTER_CONFIG, MODEL_CONFIG)):
+        raise ModelError(f"{target}: neither {ADAPTER_CONFIG} nor {MODEL_CONFIG} is here; has its run ended?")
+    if not folder.exists() and not HUB_ID.fullmatch(target):
+        raise ModelError(f"{target}: there is no such file or folder here, and it is no name on the hub")
+
+
+def model_names(target: str) -> list[str]:
+    """A model's resolved path or hub id, then that of what it was trained from, and so on."""
+    names: list[str] = []
+    while target and (name := _resolved(target)) not in names:
+        names.append(name)
+        target = _base_of(Path(name)) or ""
+    return names
+
+
+def _resolved(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
+
+
+def _base_of(folder: Path) -> str | None:
+    if (folder / ADAPTER_CONFIG).is_file():
+        try:
+            base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        except (OSError, ValueError, AttributeError):
+            return None  # opening the adapter says what is wrong with it
+        return str(base) if base else None
+    inside = folder.name.startswith("checkpoint-") or folder.name == "merged"
+    for config in (folder / RUN_CONFIG, *([folder.parent / RUN_CONFIG] if inside else [])):
+        if config.is_file():
+            from luthier.config import Config
+
+            return Config.load(config).model.base_model
+    return None
+
+
+def fingerprint(target: str) -> str:
+    """Changes whenever the files of a model or of its bases do: their names, sizes and times of change."""
+    seen: list[Any] = []
+    for name in model_names(target):
+        files = sorted({path for pattern in _OF_MODEL for path in Path(name).glob(pattern) if path.is_file()})
+        seen.append([name, [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]])
+    return digest(seen)
+
+
+def answers_of(side: Side, prompts: Sequence[Prompt], kept: Path, max_new_tokens: int | None) -> Answers:
+    """The answers of a side to the prompts; those of a model are kept in the JSONL `kept`, itself a file of answers."""
+    if side.is_file:
+        return _answers_of_file(side, prompts)
+    with Rows(kept) as rows:
+        keys = {p.question: digest([side.fingerprint, max_new_tokens, *_content(p)]) for p in prompts}
+        stored = {row["key"]: row for row in rows.stored if "key" in row}
+        missing = [p for p in prompts if keys[p.question] not in stored]
+        if missing:
+            log.info("%s: %d of %d answers are to be generated", side.target, len(missing), len(prompts))
+
+            def keep(prompt: Prompt, values: dict[str, Any]) -> None:
+                key = keys[prompt.question]
+                stored[key] = {"key": key, "prompt": prompt.question, "model": side.target, **values}
+                rows.append(stored[key])
+
+            _generate(side.target, missing, max_new_tokens, keep)
+    found = {p.question: stored[keys[p.question]] for p in prompts}
+    skipped = {question: row["skipped"] for question, row in found.items() if row.get("skipped")}
+    return Answers(
+        {question: row["answer"] for question, row in found.items() if question not in skipped},
+        skipped,
+        sum(bool(row.get("cut")) for row in found.values()),
+    )
+
+
+def _answers_of_file(side: Side, prompts: Sequence[Prompt]) -> Answers:
+    path = Path(side.target).expanduser()
+    said: dict[str, str] = {}
+    for where, row in _rows_of(path):
+        answer = row.get("answer", row.get("output"))
+        if row.get("skipped"):
+            continue
+        if not isinstance(answer, str):
+            raise DataError(f"{where}: a row of answers needs a text under answer; this one has {', '.join(row)}")
+        question = _prompt_of(row, where).question
+        if said.setdefault(question, answer) != answer:
+            raise DataError(f"{where}: this prompt has another answer further up; keep one of the two")
+    wanted = {p.question for p in prompts}
+    if spare := len(said.keys() - wanted):
+        log.info("%s: %d answers belong to none of the prompts and are not used", side.target, spare)
+    there = {question: answer for question, answer in said.items() if question in wanted}
+    return Answers(there, dict.fromkeys(wanted - said.keys(), "not in the file"))
+
+
+def _content(prompt: Prompt) -> list[Any]:
+    return [prompt.instruction, prompt.input, prompt.system, list(prompt.messages)]
+
+
+def _generate(
+    target: str, prompts: Sequence[Prompt], max_new_tokens: int | None, keep: Callable[[Prompt, dict[str, Any]], None]
+) -> None:
+    """Answer the prompts greedily; `keep` gets each answer as it ends. Batches are halved where memory ends."""
+    from luthier.evaluate.measure import free_unused, is_out_of_memory
+    from luthier.generate.sampling import Sampling
+
+    sampling = Sampling(max_new_tokens=max_new_tokens, do_sample=False)
+    engine, ids_of = open_engine(target)
+    device = engine.model.get_input_embeddings().weight.device
+    waiting: dict[int, list[int]] = {}
+    for place, prompt in enumerate(prompts):
+        ids = ids_of(prompt)
+        if (reason := engine.why_not(ids)) is None:
+            waiting[place] = ids
+        else:
+            keep(prompt, {"answer": "", "skipped": f"the prompt {reason}"})
+    while waiting:
+        places = list(waiting)
+
+        def done(index: int, completion: Any, places: list[int] = places) -> None:
+            cut = completion.finish_reason == "length"
+            keep(prompts[places[index]], {"answer": completion.text, "cut": cut})
+            del waiting[places[index]]
+
+        try:
+            engine.generate([waiting[place] for place in places], sampling, on_done=done)
+        except Exception as error:
+            if not is_out_of_memory(error) or engine.max_cached_tokens < max(map(len, waiting.values())):
+                raise
+            engine.max_cached_tokens //= 2
+        else:
+            continue
+        free_unused(device)  # outside of the except block, whose traceback holds the batch
+        log.warning("out of memory: going on with batches of up to %d tokens", engine.max_cached_tokens)
+    del engine
+    free_unused(device)
+
+
+def open_engine(target: str) -> tuple[Engine, Callable[[Prompt], list[int]]]:
+    """The engine of a model, and how it gets a prompt: in the format of its training."""
+    from luthier.data.hub import notice_missing_network
+    from luthier.data.render import Renderer
+    from luthier.data.tokenizer import terminator_ids
+    from luthier.generate.cli import asking_format
+    from luthier.generate.engine import Engine, default_terminators
+    from luthier.models.assemble import open_for_inference
+
+    if not Path(target).expanduser().exists():
+        notice_missing_network()
+    model, tokenizer, own = open_for_inference(target)
+    config, entry = asking_format(target, tokenizer, own)
+    renderer = Renderer(tokenizer, config)
+    terminators = {*terminator_ids(tokenizer, config), *default_terminators(model)}
+    engine = Engine(model, tokenizer, sorted(terminators), default_new_tokens=LONGEST)
+    return engine, lambda prompt: renderer.prompt_ids(_example(prompt, entry, config.preference.rl), entry)
+
+
+def _example(prompt: Prompt, entry: Any, rl: str | None) -> Example:
+    from luthier.data.examples import ChatExample
+    from luthier.data.formats import prompt_example
+
+    example = prompt_example(entry, prompt.instruction, prompt.input, prompt.system, rl)
+    if isinstance(example, ChatExample) and prompt.messages:
+        return ChatExample(list(prompt.messages))
+    turns = [m for m in prompt.messages if m["role"] != "system"]
+    if len(turns) > 1:
+        raise DataError(
+            f"the prompt {prompt.question[:60]!r} is a conversation of several turns, and {entry.path} was trained in "
+            "a format that has one; leave such prompts out"
+        )
+    return example
+

@@ -153,8 +153,11 @@ class StepLoader:
     def mismatched(self, step: Step, device: torch.device) -> Iterator[Batch]:
         """Passes of this process in which each answer of a step stands behind the prompt of the row after it, and the
         last one's behind the first (Ethayarajh et al. 2024, section 4.1); cut off at `sequence_len`."""
+        others = (*step.rows[-1:], *step.rows[:-1])
+        if len(step.rows) == 1:  # what is left of an epoch: its own answer would be no mismatch
+            others = ((step.rows[0] + len(self.dataset) // 2) % len(self.dataset),)
         documents = []
-        for row, other in zip(step.rows, (*step.rows[-1:], *step.rows[:-1]), strict=True):
+        for row, other in zip(step.rows, others, strict=True):
             before, behind = self.dataset[row], self.dataset[other]
             ids = np.concatenate([before.input_ids[: before.prompt], behind.input_ids[behind.prompt :]])
             labels = np.concatenate([np.full(before.prompt, -100), behind.labels[behind.prompt :]])

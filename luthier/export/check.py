@@ -11,6 +11,7 @@ import gc
 import itertools
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,9 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from luthier.config import Config
-from luthier.data.formats import example_of
+from luthier.data.examples import Example
+from luthier.data.formats import examples_of
+from luthier.data.preferences import LeftOut
 from luthier.data.readers import open_rows
 from luthier.data.render import Renderer
 from luthier.errors import LuthierError
@@ -160,10 +163,14 @@ def _sample(tokenizer: PreTrainedTokenizerBase, config: Config | None) -> tuple[
     if config is not None:
         entry = config.data.datasets[0]
         try:
-            rows = [row for _, row in itertools.islice(open_rows(entry), ROWS)]
-            examples = [example_of(row, entry, config.data.train_on_inputs) for row in rows]
+            examples: list[Example] = []
+            for _, row in itertools.islice(open_rows(entry), ROWS):
+                with suppress(LeftOut):
+                    examples += examples_of(row, entry, config.data.train_on_inputs, config.preference.rl)
             rendered = Renderer(tokenizer, config).render(examples, entry)
-            ids = [one.input_ids[:LONGEST] for one in rendered if len(one.input_ids) > 1]
+            # Of a pair the first answer with its prompt: the second stands behind it in the same list.
+            ends = [min(LONGEST, *one.lengths[:1]) if one.lengths else LONGEST for one in rendered]
+            ids = [one.input_ids[:end] for one, end in zip(rendered, ends, strict=True) if len(one.input_ids) > 1]
             if ids:
                 return ids, f"{len(ids)} rows of {entry.path}"
         except LuthierError as error:

@@ -245,6 +245,10 @@ def training_row(
     }
 
 
+# A rise of less than a hundredth is what a held-out set does by itself.
+_RISE = 0.01
+
+
 def note_evaluation(state: State, figures: dict[str, float], recorder: Recorder) -> bool:
     """Record an evaluation; says when eval loss has turned while train loss goes on falling."""
     recorder.evaluation({"step": state.step, **figures})
@@ -257,18 +261,24 @@ def note_evaluation(state: State, figures: dict[str, float], recorder: Recorder)
     else:
         state.evaluations_since_best += 1
     state.evaluations.append([state.step, loss, train_loss])
-    if (since := overfitting_since(state)) is not None:
+    said = overfitting_since(state, state.evaluations[:-1])
+    if (since := overfitting_since(state)) is not None and since != said:
         recorder.say(f"overfitting since step {since}: eval loss rose to {loss:.4f} while train loss fell")
     return improved
 
 
-def overfitting_since(state: State) -> int | None:
-    """The step of the best evaluation, if eval loss has risen since while train loss fell; else None."""
-    if not state.evaluations or state.evaluations[-1][0] == state.best_step:
+def overfitting_since(state: State, evaluations: Sequence[Sequence[Any]] | None = None) -> int | None:
+    """The step of the best evaluation, if eval loss has risen since by `_RISE` while train loss fell; else None.
+
+    Args:
+        evaluations: some of the state's; all of them if unset.
+    """
+    evaluations = state.evaluations if evaluations is None else evaluations
+    best = next((row for row in evaluations if row[0] == state.best_step), None)
+    if best is None:
         return None
-    best = next(row for row in state.evaluations if row[0] == state.best_step)
-    last = state.evaluations[-1]
-    return best[0] if last[1] > best[1] and last[2] < best[2] else None
+    last = evaluations[-1]
+    return best[0] if last[1] - best[1] >= _RISE * abs(best[1]) and last[2] < best[2] else None
 
 
 def drop_rows_after(path: Path, step: int) -> None:

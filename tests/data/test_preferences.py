@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from luthier.config import Config, DatasetEntry, UserPreference
 from luthier.config.datasets import PREFERENCE_NAMES
@@ -19,6 +20,7 @@ from luthier.data.dataset import PreparedData, prepare
 from luthier.data.examples import PreferenceExample
 from luthier.data.formats import columns_of, prompt_example
 from luthier.data.lengths import cut_answers
+from luthier.data.loader import StepLoader
 from luthier.data.preferences import LeftOut, preference_examples
 from luthier.data.preview import answers_text
 from luthier.data.render import Renderer
@@ -162,6 +164,23 @@ def test_unpaired_text_is_trls(prepared: Prepare, toy_tokenizer: Any) -> None:
         assert labels == [-100] * len(theirs["prompt_ids"]) + theirs["completion_ids"]
     assert data.train.desirable.tolist() == [0, 1, 0, 1]
     assert not data.train.chosen.any()
+
+
+@pytest.mark.parametrize("rows_per_step", [1, 2, 3, 4])
+def test_mismatched_answers_are_of_other_rows(prepared: Prepare, rows_per_step: int) -> None:
+    """In the last step of an epoch too, which may have a single row."""
+    train = prepared([{"prompt": f"Q {at}?", "completion": f" A {at}!", "label": True} for at in range(7)], "kto").train
+    answers = {tuple(train[row].input_ids[train[row].prompt :].tolist()): row for row in range(7)}
+    loader = StepLoader(train, rows_per_step=rows_per_step, tokens_per_pass=1, seed=0, shuffle=True)
+    for index in range(loader.steps_per_epoch):
+        step = loader.step(index)
+        for batch in loader.mismatched(step, torch.device("cpu")):
+            (row,) = batch.rows
+            ids = batch.input_ids.tolist()
+            assert ids[: train[row].prompt] == train[row].input_ids[: train[row].prompt].tolist()
+            other = answers[tuple(ids[train[row].prompt :])]
+            assert other != row
+            assert len(step.rows) == 1 or other in step.rows
 
 
 def test_whole_texts_have_trls_tokens_and_whole_words(prepared: Prepare, toy_tokenizer: Any) -> None:

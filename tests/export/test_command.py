@@ -44,6 +44,30 @@ def run(tmp_path_factory: pytest.TempPathFactory, toy_llama_dir: Path) -> Path:
     return folder / "run"
 
 
+@pytest.mark.parametrize("rl", ["dpo", "kto"])
+def test_a_preference_run_is_proven_on_its_own_rows(
+    tmp_path: Path, toy_llama_dir: Path, rl: str
+) -> None:
+    from luthier.config import Config
+
+    rows = [{"prompt": f"Add {n} and 1.", "chosen": f"{n + 1}", "rejected": f"{n}"} for n in range(12)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    values = {
+        "base_model": str(toy_llama_dir),
+        "datasets": [{"path": str(tmp_path / "pairs.jsonl")}],
+        "rl": rl,
+        "adapter": "lora",
+        "learning_rate": 5e-2,
+        "max_steps": 2,
+        "bf16": False,
+        "output_dir": str(tmp_path / "run"),
+    }
+    train(Config.from_flat(values))
+    assert main(["merge-lora", str(tmp_path / "run"), "--out", str(tmp_path / "merged")]) == 0
+    record = json.loads((tmp_path / "merged" / "merge.json").read_text())
+    assert "rows of" in record["check"]["text"] and "pairs.jsonl" in record["check"]["text"]
+
+
 @pytest.fixture
 def peft_model(
     toy_llama_dir: Path, peft_adapter: Callable[..., tuple[Any, Path]]

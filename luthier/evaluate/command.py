@@ -54,7 +54,12 @@ def command(
         str, typer.Option(help="For --benchmark: cot (answers with reasoning) or loglik (letters).")
     ] = "cot",
     shots: Annotated[
-        int | None, typer.Option(help="For --benchmark: examples before a question. Default: 5.")
+        int | None,
+        typer.Option(
+            "--shots",
+            "--num_fewshot",
+            help="For --benchmark and --tasks: examples before a question. Default: 5, the task's own.",
+        ),
     ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="For --benchmark: longest answer. Default: 2048.")
@@ -63,10 +68,21 @@ def command(
         int | None, typer.Option(help="For --benchmark: most tokens of a prompt and its answer. Default: 4096.")
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="For --benchmark: ask in the format that the model was tuned in.")
+        bool,
+        typer.Option(
+            "--chat",
+            help="For --benchmark: ask in the format that the model was tuned in; for --tasks: in its chat template.",
+        ),
     ] = False,
     record: Annotated[
-        Path | None, typer.Option(help="For --benchmark: a CSV to which the result is added.")
+        Path | None, typer.Option(help="For --benchmark and --tasks: a CSV to which the result is added.")
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness in place of data: gsm8k,arc_easy.")
+    ] = None,
+    include_path: Annotated[
+        Path | None,
+        typer.Option("--include-path", "--include_path", help="For --tasks: a folder with tasks of your own."),
     ] = None,
 ) -> None:
     """Measure a run, an adapter or a model."""
@@ -89,6 +105,28 @@ def command(
         "tokens-per-pass": tokens_per_pass,
         "json": as_json,
     }
+    if tasks is not None:
+        of_tasks = ("shots", "chat", "record", "compare", "tokens-per-pass", "json")
+        others = {**of_benchmark, **of_data, "benchmark": benchmark, "data": data}
+        _refuse({name: given for name, given in others.items() if name not in of_tasks}, "does nothing with --tasks")
+        _run_tasks(
+            model,
+            as_json,
+            tasks=tasks,
+            include_path=include_path,
+            compare=compare,
+            limit=limit,
+            shots=shots,
+            chat=chat,
+            tokens_per_pass=tokens_per_pass,
+            record=record,
+            output=output,
+            dtype=dtype,
+            device=device,
+            seed=seed,
+        )
+        return
+    _refuse({"include_path": include_path}, "goes with --tasks")
     if benchmark is None:
         _refuse(of_benchmark, "goes with --benchmark")
     else:
@@ -151,9 +189,20 @@ def _refuse(options: dict[str, Any], why: str) -> None:
             raise ConfigError(f"--{option} {why}: leave it out")
 
 
+def _run_tasks(model: str, as_json: bool, **options: Any) -> None:
+    from luthier.evaluate.harness.figures import shown
+    from luthier.evaluate.harness.run import run_harness
+
+    path, result = run_harness(model, **options)
+    if as_json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+        return
+    print(f"{shown(result)}\n\n{path}, and question by question in {result['rows']} beside it")
+
+
 def _run_benchmark(name: str, model: str, **options: Any) -> None:
     if name not in BENCHMARKS:
         raise ConfigError(f"--benchmark {name}: there is {', '.join(BENCHMARKS)}")
-    from luthier.evaluate.mmlu_pro import run_mmlu_pro
+    from luthier.evaluate.mmlu_pro.run import run_mmlu_pro
 
     run_mmlu_pro(model, **options)

@@ -15,10 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import luthier
 from luthier.errors import ConfigError, DataError, RunError
-from luthier.evaluate import mmlu_pro
-from luthier.evaluate.mmlu_pro import KEY, run_mmlu_pro
-from luthier.evaluate.mmlu_pro_ask import Store
-from luthier.evaluate.mmlu_pro_data import (
+from luthier.evaluate.mmlu_pro import run as mmlu_pro
+from luthier.evaluate.mmlu_pro.ask import Store
+from luthier.evaluate.mmlu_pro.data import (
     Question,
     choose_subjects,
     cot_prompt,
@@ -28,6 +27,7 @@ from luthier.evaluate.mmlu_pro_data import (
     guessed_letter,
     load_benchmark,
 )
+from luthier.evaluate.mmlu_pro.run import KEY, run_mmlu_pro
 from luthier.evaluate.record import Record
 from luthier.generate.engine import Engine
 

@@ -25,8 +25,8 @@ from luthier.data.hub import notice_missing_network
 from luthier.data.render import Renderer
 from luthier.data.tokenizer import terminator_ids
 from luthier.errors import ConfigError
-from luthier.evaluate.mmlu_pro_ask import Asked, Runner, Settings, Store, cached_tokens, encoder_of, hash_of
-from luthier.evaluate.mmlu_pro_data import Benchmark, choose_subjects, figures_of, load_benchmark
+from luthier.evaluate.mmlu_pro.ask import Asked, Runner, Settings, Store, cached_tokens, encoder_of, hash_of
+from luthier.evaluate.mmlu_pro.data import Benchmark, choose_subjects, figures_of, load_benchmark
 from luthier.evaluate.record import Record, as_table
 from luthier.evaluate.results import results_folder, write_results
 from luthier.generate.cli import asking_format

@@ -21,7 +21,7 @@ from luthier.data.formats import prompt_example
 from luthier.data.render import Renderer
 from luthier.errors import RunError
 from luthier.evaluate.measure import free_unused, is_out_of_memory
-from luthier.evaluate.mmlu_pro_data import LETTERS, STOP, Question, cot_prompt, extract_answer, letter_prompt
+from luthier.evaluate.mmlu_pro.data import LETTERS, STOP, Question, cot_prompt, extract_answer, letter_prompt
 from luthier.generate.engine import MAX_CACHED_TOKENS, Engine
 from luthier.generate.sampling import Sampling
 from luthier.models.memory import free_memory

@@ -1,0 +1,1 @@
+"""All benchmarks of lm-evaluation-harness, with our engine as the model that it asks."""

@@ -60,6 +60,9 @@ _WHO = {
     "chat_template": "`type: chat_template`",
 }
 
+# Keys of an entry that only preference runs read.
+_OF_PREFERENCES = ("field_prompt", *PAIR_FIELDS, *LABEL_FIELDS, *FORMATS)
+
 Flaw = tuple[tuple[str, ...], str]
 """Keys that lead to the value inside of the entry, and what is wrong with it."""
 
@@ -95,7 +98,7 @@ def flaws(entry: DatasetEntry, train_on_inputs: bool = False, rl: str | None = N
             others = " and ".join(_WHO[other] for other, read in _READ.items() if name in read)
             rows = "rows of tokens" if kind == "tokens" else "this type"
             yield (name,), f"{name} does nothing with {rows}; it goes with {others}. Leave it out."
-    for name in ("field_prompt", *PAIR_FIELDS, *LABEL_FIELDS, *FORMATS):
+    for name in _OF_PREFERENCES:
         if getattr(entry, name):
             yield (name,), f"{name} is for preference tuning: set `rl` (orpo, dpo, ipo, kto, simpo), or leave it out."
     yield from _mapping_flaws(entry)
@@ -156,34 +159,40 @@ def _unknown_type(name: str, known: tuple[str, ...]) -> str:
 
 def _preference_flaws(entry: DatasetEntry, rl: str) -> Iterator[Flaw]:
     read = keys_read(entry, rl)
-    optional = frozenset().union(*_READ.values(), ("field_prompt", *PAIR_FIELDS, *LABEL_FIELDS, *FORMATS))
+    optional = frozenset().union(*_READ.values(), _OF_PREFERENCES)
     for name in sorted(optional - read):
         if getattr(entry, name):
             yield (name,), f"{name} does nothing {_why_unread(name, entry, rl)}. Leave it out."
     yield from _mapping_flaws(entry)
-    own = entry.type if isinstance(entry.type, UserPreference) else None
     for name in UserPreference.model_fields:
-        if own is not None and getattr(own, name) and getattr(entry, name):
+        if _path_of(entry, name) == (name,):
+            continue
+        if getattr(entry, name):
             yield (name,), f"{name} is in `type` as well: leave out one of the two."
-        if own is not None and getattr(own, name) and rl != "kto" and name in (*LABEL_FIELDS, "completion_format"):
+        if rl != "kto" and name in (*LABEL_FIELDS, "completion_format"):
             yield ("type", name), f"{name} is for `rl: kto`; rows of `rl: {rl}` have {_own_keys(rl)}."
     if setting(entry, "completion_format") or setting(entry, "field_completion"):
         for name in (*PAIR_FIELDS, *PAIR_FORMATS):
             if setting(entry, name):
-                inside = ("type", name) if own is not None and getattr(own, name) else (name,)
                 yield (
-                    inside,
+                    _path_of(entry, name),
                     f"{name} is for rows with two answers, which become one desirable and one undesirable, and what "
                     "names the completion for rows with one: leave out one of the two.",
                 )
-    if own is not None or entry.type == "user_defined.default":
+    if isinstance(entry.type, UserPreference) or entry.type == "user_defined.default":
         for name, allowed in _PLACES.items():
             if template := setting(entry, name):
-                path = ("type", name) if own is not None and getattr(own, name) else (name,)
+                path = _path_of(entry, name)
                 broken = list(_template_flaws(path, template, allowed))
                 yield from broken
                 if not broken and not any(f"{{{place}}}" in template for place in allowed - {"system"}):
                     yield path, f"there is no {{{min(allowed - {'system'})}}} in it, so each row would be the same."
+
+
+def _path_of(entry: DatasetEntry, name: str) -> tuple[str, ...]:
+    """Where a key of a format for preference runs stands: in `type`, or beside it."""
+    inside = isinstance(entry.type, UserPreference) and getattr(entry.type, name)
+    return ("type", name) if inside else (name,)
 
 
 _PLACES = {
@@ -211,9 +220,8 @@ def _why_unread(name: str, entry: DatasetEntry, rl: str) -> str:
 def _mapping_flaws(entry: DatasetEntry) -> Iterator[Flaw]:
     for part in ("role", "content"):
         name = f"message_field_{part}"
-        if getattr(entry, name) and entry.message_property_mappings.get(part, getattr(entry, name)) != getattr(
-            entry, name
-        ):
+        own = getattr(entry, name)
+        if own and entry.message_property_mappings.get(part, own) != own:
             yield (name,), f"message_property_mappings names another {part}: leave out one of the two."
 
 

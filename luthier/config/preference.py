@@ -89,6 +89,24 @@ READ_BY: dict[str, tuple[Method, ...]] = {
 
 # Methods that compare with no reference model.
 REFERENCE_FREE = ("orpo", "simpo")
+
+
+def has_reference(rl: str | None) -> bool:
+    """Whether a run of this method compares its model with a reference."""
+    return rl is not None and rl not in REFERENCE_FREE
+
+
+def asks_reference_in_steps(section: PreferenceConfig) -> bool:
+    """Whether the reference is asked in the run's steps, and not before them only. For `kto` it is in any case: which
+    answers stand behind which other prompts, the step decides."""
+    return has_reference(section.rl) and (section.rl == "kto" or not section.precompute_ref_log_probs)
+
+
+def unit_of(rl: str | None) -> str:
+    """What a row of a run's data is: documents, pairs (of answers), or answers."""
+    return {None: "documents", "kto": "answers"}.get(rl, "pairs")
+
+
 _SMOOTHED = ("sigmoid", "robust", "exo_pair")
 _BETA = {"simpo": 2.0}
 # Of `rl_beta`, which has their value once a config is loaded.
@@ -154,7 +172,7 @@ def derived(c: Mapping[str, Any], written: Collection[str]) -> dict[str, tuple[A
     rl = c["rl"]
     values: dict[str, tuple[Any, str]] = {}
     if rl is None:
-        return {}
+        return values
     for other in OTHER_NAMES:
         if c[other] is not None:
             values["rl_beta"], values[other] = (c[other], f"from {other}"), (None, "rl_beta has it")

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from luthier.config import Config, DatasetEntry, UserPreference, UserPrompt
+from luthier.config.preference import unit_of
 from luthier.data.cache import Store, Writer, cache_folder, cache_key, open_store
 from luthier.data.formats import kind_of_entry
 from luthier.data.readers import Rows, open_rows
@@ -168,17 +169,13 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
 def _say_preferences(report: DataReport, train: TokenDataset, config: Config) -> None:
     """Pairs and labels of the training data."""
     preference = config.preference
-    report.unit = _unit(preference.rl)
+    report.unit = unit_of(preference.rl)
     if preference.rl == "kto":
         good = int(train.desirable.sum())
         weights = preference.kto_desirable_weight, preference.kto_undesirable_weight
         report.balance = Balance(good, len(train) - good, *weights)
     elif preference.rl is not None:
         report.tokens_in_pairs, report.prompt_tokens = int(train.lengths.sum()), int(train.prompts.sum())
-
-
-def _unit(rl: str | None) -> str:
-    return {None: "documents", "kto": "answers"}.get(rl, "pairs")
 
 
 def split_off(dataset: TokenDataset, rows: int, size: float, seed: int) -> tuple[TokenDataset, TokenDataset]:
@@ -242,14 +239,14 @@ def _tokenise_all(
 
     tokeniser = Tokeniser(Renderer(tokenizer, config), config)
     vocabulary = len(tokenizer)
+    rl = config.preference.rl
     sources = []
     first_number = 0
     for entry, rows in zip(entries, opened, strict=True):
-        kind = kind_of_entry(entry, config.preference.rl)
+        kind = kind_of_entry(entry, rl)
         if kind != "tokens":
             tokeniser.renderer.check(entry)
-        rl = config.preference.rl
-        source = SourceReport(entry.path, _type_name(entry, rl), rows.fingerprint, unit=_unit(rl))
+        source = SourceReport(entry.path, _type_name(entry, rl), rows.fingerprint, unit=unit_of(rl))
         unused: set[str] = set()
         for chunk in tokenise(tokeniser, entry, rows, first_number, config.data.dataset_processes):
             if kind == "tokens" and len(chunk.input_ids) and chunk.input_ids.max() >= vocabulary:

@@ -20,10 +20,11 @@ from string import Formatter
 
 from luthier.config.datasets import DatasetEntry, UserPrompt
 from luthier.config.entries import PROMPT_FIELDS, kind_of
-from luthier.config.preference_types import is_preference, preference_type
+from luthier.config.preference_types import is_preference
 from luthier.data.conversations import EMPTY_ANSWERS, chat_columns, chat_example
 from luthier.data.examples import ChatExample, Example, Segment, TextExample
 from luthier.data.preferences import (
+    kind_of_preference,
     preference_columns,
     preference_examples,
     prompt_text,
@@ -171,14 +172,14 @@ def prompt_example(
     first row says whether these are conversations.
     """
     kind = "preference" if is_preference(entry) else kind_of_entry(entry, rl)
-    form = getattr(preference_type(entry), "form", None)
-    if kind == "preference" and form in ("turns", "text"):
-        text = prompt_text(entry, f"{instruction}\n{input}" if input else instruction, system)
-        assert text is not None
-        return TextExample((Segment(text, False),), add_eos=False)
-    is_chat = kind == "preference" and (form == "template" or _has_conversations(entry))
-    if kind == "chat_template" or is_chat:
-        text = f"{instruction}\n{input}" if input else instruction
+    text = f"{instruction}\n{input}" if input else instruction
+    is_chat = kind == "chat_template"
+    if kind == "preference":
+        written = prompt_text(entry, text, system)
+        if written is not None:
+            return TextExample((Segment(written, False),), add_eos=False)
+        is_chat = kind_of_preference(entry).form == "template" or _has_conversations(entry)
+    if is_chat:
         opening = [{"role": "system", "content": system}] if system else []
         return ChatExample([*opening, {"role": "user", "content": text}])
     if kind == "prompt":

@@ -191,9 +191,7 @@ class StepLoader:
 
     def _cut(self, rows: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
         passes = cut_into_passes(lengths, self.tokens_per_pass, alone=self.alone)
-        if not self.share or len(passes) == 1:
-            return passes
-        if self.share == "rows":
+        if self.share != "all" or len(passes) == 1:
             return passes  # rows share nothing with each other
         documents = [self.dataset[row] for row in rows]
         if any(document.lengths and not document.pair for document in documents):
@@ -287,12 +285,8 @@ def _batch(documents: Sequence[_Part], rows: Sequence[int], device: torch.device
     ids = [document.ids for document in documents]
     groups = _groups(documents) if share == "rows" else None
     forest = shared_forest(ids, groups) if share else plain_forest([len(document) for document in ids])
-    drawn = [
-        stretch
-        for owner, start, n in zip(forest.owners, forest.starts, forest.lengths, strict=True)
-        for stretch in documents[owner].drawn(start, n)
-    ]
     segments = list(zip(forest.owners, forest.starts, forest.lengths, strict=True))
+    drawn = [stretch for owner, start, n in segments for stretch in documents[owner].drawn(start, n)]
     positions = np.concatenate([np.arange(start, start + length) for _, start, length in segments])
     # A label stands at its own token and is predicted from the one before it; a first token from none.
     flat_labels = np.concatenate([document.labels[1:] for document in documents])

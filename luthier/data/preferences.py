@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from luthier.config.datasets import DatasetEntry
-from luthier.config.preference_types import PreferenceType, preference_type, setting
+from luthier.config.preference_types import FORMATS, PreferenceType, preference_type, setting
 from luthier.data import report as said
 from luthier.data.conversations import EMPTY_ANSWERS, put_system, read_messages, tools_of
 from luthier.data.examples import PreferenceExample
@@ -66,7 +66,7 @@ class _Columns:
 
 def preference_columns(entry: DatasetEntry, rl: str) -> frozenset[str]:
     """Columns that the entry's type reads."""
-    kind = _kind(entry)
+    kind = kind_of_preference(entry)
     names = _Columns.of(entry, kind)
     columns = {*names.prompt, names.system}
     columns |= {kind.ranked} if kind.ranked else {*names.chosen, *names.rejected}
@@ -77,9 +77,7 @@ def preference_columns(entry: DatasetEntry, rl: str) -> frozenset[str]:
     return frozenset(columns)
 
 
-def preference_examples(
-    row: Row, entry: DatasetEntry, rl: str, notes: Counter[str]
-) -> list[PreferenceExample]:
+def preference_examples(row: Row, entry: DatasetEntry, rl: str, notes: Counter[str]) -> list[PreferenceExample]:
     """What this row is in a run of method `rl`: a pair, or for `kto` answers with labels, two of a pair.
 
     Raises:
@@ -103,7 +101,7 @@ def preference_examples(
 
 def prompt_text(entry: DatasetEntry, instruction: str, system: str | None) -> str | None:
     """The entry's format of a prompt; None where the chat template writes it, or nothing does."""
-    kind = _kind(entry)
+    kind = kind_of_preference(entry)
     if kind.form == "turns":
         assert kind.turns is not None
         before = [("system", system)] if system else []
@@ -113,14 +111,15 @@ def prompt_text(entry: DatasetEntry, instruction: str, system: str | None) -> st
 
 def reads_messages(row: Row, entry: DatasetEntry) -> bool:
     """Whether an entry without a type has conversations in this row, rather than text."""
-    names = _Columns.of(entry, _kind(entry))
+    names = _Columns.of(entry, kind_of_preference(entry))
     columns = (*names.prompt, *names.chosen, *names.rejected, names.completion)
     return any(isinstance(row.get(column), list | dict) for column in columns)
 
 
-def _kind(entry: DatasetEntry) -> PreferenceType:
+def kind_of_preference(entry: DatasetEntry) -> PreferenceType:
+    """What a row of the entry is; a config of a preference run has no entry without it."""
     kind = preference_type(entry)
-    assert kind is not None  # a config with another is refused
+    assert kind is not None
     return kind
 
 
@@ -136,7 +135,7 @@ class _Reader:
         self.row = row
         self.entry = entry
         self.notes = notes
-        self.kind = _kind(entry)
+        self.kind = kind_of_preference(entry)
         self.names = _Columns.of(entry, self.kind)
         self.as_messages = self.kind.form in ("template", "turns")
         if self.kind.form == "any":
@@ -148,16 +147,13 @@ class _Reader:
         if self.kind.ranked:
             return True
         named = setting(self.entry, "field_chosen") or setting(self.entry, "field_rejected")
-        return bool(named) or (
-            self.row.get(self.names.label) is None and self._column(self.names.chosen) is not None
-        )
+        unlabelled = self.row.get(self.names.label) is None
+        return bool(named) or (unlabelled and self._column(self.names.chosen) is not None)
 
     def label(self) -> bool:
         value = self._value((self.names.label,))
         if value not in (True, False):
-            raise DataError(
-                f"`{self.names.label}` must be true or false (desirable or not), and is {shortened(value)}"
-            )
+            raise DataError(f"`{self.names.label}` must be true or false (desirable or not), and is {shortened(value)}")
         return bool(value)
 
     def pair(self) -> tuple[Any, tuple[Any, ...]]:
@@ -186,8 +182,7 @@ class _Reader:
         """The example, with turns written out where the type says how."""
         turns = self.kind.turns
         if not self.as_messages:
-            keys = ("prompt_format", "chosen_format", "rejected_format", "completion_format")
-            frame = " ".join(filter(None, (setting(self.entry, key) for key in keys)))
+            frame = " ".join(filter(None, (setting(self.entry, key) for key in FORMATS)))
             return PreferenceExample(prompt, answers, desirable=desirable, frame=frame)
         if turns is None:
             tools = tools_of(self.row, self.entry.field_tools or "tools")
@@ -277,24 +272,19 @@ class _Reader:
         prompt = None if column is None else self._prompt_messages(self.row[column], column)
         sides = []
         for value, name in zip(values, self.written, strict=True):
-            if isinstance(value, str) or not isinstance(value, list | dict):
-                if prompt is None:
-                    raise DataError(
-                        f"`{name}` must be a list of messages, and is {type_name(value)}: {shortened(value)}"
-                    )
-                text = text_of(value, f"`{name}`", self.notes)
-                sides.append([{"role": "assistant", "content": text}])
-            else:
-                sides.append(self._messages([value] if isinstance(value, dict) else value, name))
+            if isinstance(value, list | dict):
+                sides.append(self._messages(value, name))
+                continue
+            if prompt is None:
+                raise DataError(f"`{name}` must be a list of messages, and is {type_name(value)}: {shortened(value)}")
+            sides.append([{"role": "assistant", "content": text_of(value, f"`{name}`", self.notes)}])
         if prompt is None:
             prompt, answers = self._split(sides)
         elif all(side[0]["role"] != "assistant" for side in sides):
             whole, answers = self._split(sides)
             prompt = self._asked(prompt, whole, isinstance(self.row[str(column)], str))
         else:
-            answers = tuple(
-                self._behind(prompt, side, name) for side, name in zip(sides, self.written, strict=True)
-            )
+            answers = tuple(self._behind(prompt, side, name) for side, name in zip(sides, self.written, strict=True))
         system = optional_text(self.row, self.names.system, self.notes)
         if system:
             put_system(prompt, system, self.names.system)
@@ -302,7 +292,8 @@ class _Reader:
         self.notes[EMPTY] += sum(not any(map(_says_something, answer)) for answer in answers)
         return prompt, answers
 
-    def _messages(self, given: list[Any], name: str) -> Messages:
+    def _messages(self, value: list[Any] | dict[str, Any], name: str) -> Messages:
+        given = [value] if isinstance(value, dict) else value
         if not given:
             raise DataError(f"`{name}` has no message")
         found: Counter[str] = Counter()
@@ -315,7 +306,7 @@ class _Reader:
 
     def _prompt_messages(self, value: Any, column: str) -> Messages:
         if isinstance(value, list | dict):
-            messages = self._messages([value] if isinstance(value, dict) else value, column)
+            messages = self._messages(value, column)
         else:
             text = text_of(value, f"`{column}`", self.notes)
             if not text.strip():

@@ -118,9 +118,7 @@ class Renderer:
             else:
                 example = ChatExample(example.prompt, example.tools)
         if isinstance(example, TokenExample):
-            labels = example.labels
-            first = next((at for at, label in enumerate(labels) if label != UNTRAINED), len(labels))
-            return list(example.input_ids[:first])
+            return list(example.input_ids[: _first_label(example.labels)])
         if isinstance(example, TextExample):
             segments = example.segments
             while segments and segments[-1].trained:
@@ -268,11 +266,11 @@ class Renderer:
         ids: list[int] = []
         labels: list[int] = []
         lengths = []
-        own = entry.train_on_inputs
+        trains_prompt = len(sides) == 2 and self._trains_inputs(entry)
         for number, side in enumerate(sides):
             stop = _behind_last_label(side.labels)
             new = side.labels[:stop]
-            if number == 0 and len(sides) == 2 and (self._config.data.train_on_inputs if own is None else own):
+            if trains_prompt and number == 0:
                 new = side.input_ids[:prompt] + new[prompt:]
             ids += side.input_ids[:stop]
             labels += new
@@ -322,12 +320,15 @@ class Renderer:
         return self._finders[entry.chat_template]
 
     def _options(self, entry: DatasetEntry) -> Options:
-        on_inputs = entry.train_on_inputs
         return Options(
             roles=tuple(entry.roles_to_train) if entry.roles_to_train is not None else ("assistant",),
             train_on_eos=entry.train_on_eos or "turn",
-            train_on_inputs=self._config.data.train_on_inputs if on_inputs is None else on_inputs,
+            train_on_inputs=self._trains_inputs(entry),
         )
+
+    def _trains_inputs(self, entry: DatasetEntry) -> bool:
+        own = entry.train_on_inputs
+        return self._config.data.train_on_inputs if own is None else own
 
     def _trains_end(self, entry: DatasetEntry, messages: list[dict[str, str]], ends: Sequence[str]) -> bool:
         """Whether one of these tokens is among the trained ones."""

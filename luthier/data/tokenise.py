@@ -26,13 +26,12 @@ import numpy as np
 import numpy.typing as npt
 
 from luthier.config import Config, DatasetEntry
-from luthier.config.preference_types import preference_type
 from luthier.data import report as said
 from luthier.data.examples import ChatExample, Example, PreferenceExample, TextExample, TokenExample
 from luthier.data.files import Row
 from luthier.data.formats import columns_of, examples_of, kind_of_entry
 from luthier.data.lengths import cut_answers, too_long
-from luthier.data.preferences import LeftOut
+from luthier.data.preferences import LeftOut, kind_of_preference
 from luthier.data.readers import Rows
 from luthier.data.report import Tallies, Tally
 from luthier.errors import DataError
@@ -341,8 +340,7 @@ def _processes(tokeniser: Tokeniser, entry: DatasetEntry) -> int:
     kind = kind_of_entry(entry, tokeniser.config.preference.rl)
     in_rust = getattr(tokeniser.renderer.tokenizer, "is_fast", False)
     if kind == "preference":
-        form = getattr(preference_type(entry), "form", None)
-        kind = "chat_template" if form in ("any", "template") else "prompt"
+        kind = "chat_template" if kind_of_preference(entry).form in ("any", "template") else "prompt"
     if kind == "tokens" or (kind != "chat_template" and in_rust):
         return 1
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

@@ -8,7 +8,6 @@ It also bounds what asking costs: nothing longer can be right, and generation st
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,20 +15,15 @@ from typing import Any
 import numpy as np
 
 from luthier.data.dataset import TokenDataset
-from luthier.errors import RunError
-from luthier.evaluate.measure import free_unused, is_out_of_memory
+from luthier.evaluate.batches import SHARE_OF_MEMORY, cache_bytes, in_batches
 from luthier.generate.engine import MAX_CACHED_TOKENS, Engine
 from luthier.generate.sampling import Sampling
 from luthier.generate.text import continuation
 from luthier.models.memory import free_memory
 
-log = logging.getLogger("luthier")
-
 SHORT_ANSWER = 32
 # Tokens that an answer may have beyond the longest expected one: the same text can be cut into more of them.
 SLACK = 8
-# Share of the free memory that cached keys and values may take.
-_SHARE_OF_MEMORY = 0.5
 
 
 @dataclass(frozen=True)
@@ -96,7 +90,7 @@ def greedy_answers(
         RunError: memory does not hold a single prompt with its answer.
     """
     device = model.get_input_embeddings().weight.device
-    cached = min(MAX_CACHED_TOKENS, int(_SHARE_OF_MEMORY * free_memory(device) / _cache_bytes(model)))
+    cached = min(MAX_CACHED_TOKENS, int(SHARE_OF_MEMORY * free_memory(device) / cache_bytes(model)))
     engine = Engine(model, tokenizer, terminators, max_cached_tokens=cached)
     # A penalty of the model's own settings would make it say something else than it finds likeliest.
     sampling = Sampling(max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=1.0)
@@ -105,41 +99,14 @@ def greedy_answers(
         if reason := engine.why_not(prompt):
             answers[index] = Answer("", False, reason)
             on_done()
-    while len(answers) < len(prompts):
-        waiting = [index for index in range(len(prompts)) if index not in answers]
 
-        def keep(place: int, completion: Any, waiting: list[int] = waiting) -> None:
+    def ask(waiting: list[int]) -> None:
+        def keep(place: int, completion: Any) -> None:
             answers[waiting[place]] = Answer(completion.text, completion.finish_reason == "stop")
             on_done()
 
-        shortest = min(len(prompts[index]) for index in waiting) + max_new_tokens
-        try:
-            engine.generate([prompts[index] for index in waiting], sampling, on_done=keep)
-            continue
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            if engine.max_cached_tokens < 2 * shortest:  # every prompt has been by itself
-                raise RunError(
-                    "out of memory with a single prompt and its answer: --short-answer 0 asks nothing, and --dtype "
-                    "bf16 halves the weights"
-                ) from error
-        # Outside of the except block: while there is a traceback, its frames hold the batch.
-        free_unused(device)
-        log.warning(
-            "out of memory with batches of up to %d tokens: going on with %d",
-            engine.max_cached_tokens,
-            engine.max_cached_tokens // 2,
-        )
-        engine.max_cached_tokens //= 2
+        engine.generate([prompts[index] for index in waiting], sampling, on_done=keep)
+
+    advice = "--short-answer 0 asks nothing, and --dtype bf16 halves the weights"
+    in_batches(engine, prompts, answers.__contains__, ask, advice)
     return [answers[index] for index in range(len(prompts))]
-
-
-def _cache_bytes(model: Any) -> int:
-    """Keys and values of a token over all layers; on the large side where layers keep less."""
-    config = model.config.get_text_config(decoder=True)
-    layers = getattr(config, "num_hidden_layers", None) or 1
-    heads = getattr(config, "num_attention_heads", None) or 1
-    width = getattr(config, "head_dim", None) or (getattr(config, "hidden_size", None) or 1) // heads
-    kept = getattr(config, "num_key_value_heads", None) or heads
-    return max(1, 2 * layers * kept * width * model.get_input_embeddings().weight.element_size())

@@ -33,7 +33,10 @@ def command(
     by: Annotated[
         list[str] | None, typer.Option(help="Column to group rows by; may be repeated.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="So many rows, drawn by the seed.")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="So many rows, drawn by the seed; of each subject or task, its first questions."),
+    ] = None,
     short_answer: Annotated[
         int,
         typer.Option(min=0, help="Rows are asked whose answer has up to so many tokens; 0 asks none."),

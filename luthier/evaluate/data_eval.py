@@ -26,7 +26,7 @@ from luthier.errors import ConfigError, DataError
 from luthier.evaluate.answers import SHORT_ANSWER, SLACK, Answer, Question, greedy_answers, question_of
 from luthier.evaluate.exact_match import is_exact
 from luthier.evaluate.figures import RowFigures, all_figures
-from luthier.evaluate.measure import DocumentScores, find_budget, free_unused, score_documents
+from luthier.evaluate.measure import DTYPES, DocumentScores, find_budget, free_unused, score_documents
 from luthier.evaluate.pairs import PairScores, pair_figures, pair_line, pair_texts, score_pairs
 from luthier.evaluate.progress import Progress
 from luthier.evaluate.results import results_folder, write_results
@@ -41,7 +41,6 @@ from luthier.models.rope import check_length
 log = logging.getLogger("luthier")
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
-DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BASE = "base"
 
 

@@ -26,6 +26,9 @@ log = logging.getLogger("luthier")
 
 Floats = npt.NDArray[np.float64]
 
+# What `--dtype` may be; None: as the weights are.
+DTYPES = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @dataclass(frozen=True)
 class DocumentScores:

@@ -6,6 +6,7 @@ a JSONL of the same name. Those of a run lie in its folder, so that they go wher
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -21,6 +22,12 @@ log = logging.getLogger("luthier")
 
 FOLDER = "evaluation"
 RUN_CONFIG = "config.yaml"
+
+
+def digest(value: Any) -> str:
+    """Hash of a JSON value, as 32 hexadecimal digits."""
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 def run_folder(target: str) -> Path | None:

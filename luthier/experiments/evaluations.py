@@ -16,7 +16,7 @@ from luthier.experiments.charts import number
 from luthier.experiments.run_files import Row, Run
 from luthier.experiments.sections import Table, base_name, clipped, short_path, without_shared_beginning
 
-KINDS = {"data": "Held-out data", "mmlu_pro": "MMLU-Pro", "judge": "A judge's choice", "tasks": "Benchmarks"}
+KINDS = {"data": "Held-out data", "mmlu_pro": "MMLU-Pro", "judge": "A judge's choice", "harness": "Benchmarks"}
 NAMES = {
     "loss": "loss",
     "perplexity": "perplexity",

@@ -291,7 +291,6 @@ def _rounded(value: Any, places: int) -> str:
     return f"{value:.{places}f}" if isinstance(value, int | float) else ""
 
 
-
 def _listed(names: Sequence[str]) -> str:
     if len(names) > 4:
         return f"{', '.join(names[:3])} and {len(names) - 3} more"

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from luthier.config import Config
-from luthier.config.preference import REFERENCE_FREE
+from luthier.config.preference import has_reference
 from luthier.errors import ConfigError, ModelError, cannot_load
 from luthier.models import adapter_files, quantize, storage
 from luthier.models.device import choose_device, choose_dtype
@@ -97,7 +97,7 @@ def _sources(
         tensors = adapter_files.read_adapter_tensors(resume_from) if needed else {}
         earlier = {name.removeprefix(adapter_files.PREFIX): tensor for name, tensor in tensors.items()}
     # What it begins with is also what a reference is made of, before the checkpoint's values follow.
-    if how == "loftq" and (resume_from is None or config.preference.rl not in (None, *REFERENCE_FREE)):
+    if how == "loftq" and (resume_from is None or has_reference(config.preference.rl)):
         original = OriginalWeights(storage.checkpoint_files(config.model), model.base_model_prefix)
     return Sources(documents, original, earlier)
 

@@ -88,11 +88,11 @@ class Reference:
     def active(self) -> Iterator[None]:
         """Inside, the model computes the reference: no dropout, no gradients. Afterwards it is as it was before, to
         the last bit, also if something is raised."""
-        modes = [(module, module.training) for module in self.model.modules()]
+        training = [module for module in self.model.modules() if module.training]
         enabled = [adapter.enabled for adapter in self.off]
         live = [parameter.data for parameter, _ in self.starts]
         try:
-            for module, _ in modes:
+            for module in training:
                 module.training = False
             for adapter in self.off:
                 adapter.enabled = False
@@ -103,8 +103,8 @@ class Reference:
             self._put(live)
             for adapter, was in zip(self.off, enabled, strict=True):
                 adapter.enabled = was
-            for module, training in modes:
-                module.training = training
+            for module in training:
+                module.training = True
 
     def _put(self, values: Sequence[torch.Tensor]) -> None:
         """Other storage into the parameters; copies that are kept of them by their version are made anew."""

@@ -1,1 +1,1 @@
-"""Training objectives: functions over the log-probs of labelled tokens."""
+"""Training objectives: what is made of the log-probs of labelled tokens, and minimised."""

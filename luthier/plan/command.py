@@ -10,6 +10,7 @@ import typer
 
 from luthier.config import Config
 from luthier.config.arguments import ConfigArgument, OverridesArgument
+from luthier.config.preference import unit_of
 from luthier.errors import ConfigError, LuthierError
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def _check_stated(config: Config, tokens: int | None, rows: int | None) -> None:
     if tokens is None or rows is None:
         return
     limit = config.data.sequence_len
-    pairs = config.preference.rl not in (None, "kto")
+    pairs = unit_of(config.preference.rl) == "pairs"
     if not rows <= tokens <= rows * limit * (2 if pairs else 1):
         each = "either answer of a pair with its prompt" if pairs else "a document"
         raise ConfigError(
@@ -98,7 +99,7 @@ def plan_of(config: Config, card: Card | None, *, tokens: int | None = None, row
     from luthier.models.quantize import check_format, check_trains
     from luthier.plan.plan import make_plan
     from luthier.plan.read import engine_of, on_cpu, training_shape
-    from luthier.plan.work import unit_of, work_stated
+    from luthier.plan.work import work_stated
 
     config = with_adapter_settings(config)
     model_config = read_model_config(config.model)
@@ -130,7 +131,7 @@ def plan_of(config: Config, card: Card | None, *, tokens: int | None = None, row
 def _work(config: Config) -> tuple[Work, int]:
     """From the data where it is at hand, and the tokenizer's size; otherwise says what is assumed."""
     from luthier.data.tokenizer import load_tokenizer
-    from luthier.plan.work import unit_of, work_from_data, work_stated
+    from luthier.plan.work import work_from_data, work_stated
 
     assumed = "every document is taken to be sequence_len long"
     if config.preference.rl:
@@ -180,7 +181,7 @@ def _fit(config: Config, card: Card | None, cards: int, family: str | None, *, a
     asked = config.precision.gradient_checkpointing
     again = "nothing is" if asked is False else "layers are"
     settings = f"{name}, optimizer {config.training.optimizer}, {again} computed again in backward"
-    pairs = config.preference.rl not in (None, "kto")
+    pairs = unit_of(config.preference.rl) == "pairs"
     return text.fit_text(found, card, cards, config.data.sequence_len, settings, pairs=pairs)
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from luthier.config import AdapterConfig, Config, FreezeConfig
-from luthier.config.preference import REFERENCE_FREE
+from luthier.config.preference import asks_reference_in_steps
 from luthier.models.device import choose_dtype
 from luthier.models.freeze import set_trainable
 from luthier.models.load import embeddings_of
@@ -114,18 +114,9 @@ def engine_of(config: Config, model_config: Any, shape: Shape, card: Card | None
         cpu=cpu,
         slices=cpu or compute == 4,  # torch's kernel for many documents takes 16 bits
         weighted=config.preference.rl is None,
-        reference=_asks_reference(config),
+        reference=asks_reference_in_steps(config.preference),
         moved=bool(config.adapter.lora_model_dir or config.adapter.loftq_config),
     )
-
-
-def _asks_reference(config: Config) -> bool:
-    """Whether a reference model is asked in the run's steps. For `kto` it is in any case: which answers stand behind
-    which other prompts, the step decides."""
-    preference = config.preference
-    if preference.rl is None or preference.rl in REFERENCE_FREE:
-        return False
-    return preference.rl == "kto" or not preference.precompute_ref_log_probs
 
 
 def _quantised(config: Config, model_config: Any) -> tuple[Quantised | None, bool]:

@@ -13,7 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from luthier.config import Config
-from luthier.config.preference import REFERENCE_FREE
+from luthier.config.preference import has_reference, unit_of
 from luthier.data.dataset import prepare
 from luthier.data.loader import StepLoader
 from luthier.errors import ConfigError
@@ -161,21 +161,16 @@ def work_stated(config: Config, tokens: int | None, rows: int | None, why: str) 
     )
 
 
-def unit_of(rl: str | None) -> str:
-    """What a row of a run's data is."""
-    return {None: "documents", "kto": "answers"}.get(rl, "pairs")
-
-
 def _shares(config: Config) -> bool:
     """Whether a pair's prompt is computed once, on models that can; of other documents it is not known beforehand what
     they share."""
-    of_pairs = config.preference.rl not in (None, "kto")
+    of_pairs = unit_of(config.preference.rl) == "pairs"
     return of_pairs and config.training.share_prefixes == "auto" and config.model.attn_implementation is None
 
 
 def _forward_only(config: Config, epochs: float) -> float:
     preference = config.preference
-    if preference.rl is None or preference.rl in REFERENCE_FREE:
+    if not has_reference(preference.rl):
         return 0.0
     asked = 1 / epochs if preference.precompute_ref_log_probs else 1.0
     return asked + (2.0 if preference.rl == "kto" else 0.0)

@@ -110,6 +110,19 @@ def fit(
     Raises:
         RunError: the loss is not finite, or a checkpoint cannot be written; with several processes, memory ran out.
     """
+    own_gradients = partial(
+        _own_gradients,
+        policy,
+        objective,
+        loader,
+        masters,
+        scaler=scaler,
+        state=state,
+        recorder=recorder,
+        several=processes.size > 1,
+        device=device,
+        keep_less=keep_less,
+    )
     unread: list[Unread] = []
     stopping = False
     while state.step < plan.total_steps and not _patience_is_over(state, plan):
@@ -122,17 +135,7 @@ def fit(
         # 1. Forward and backward of the whole step, in passes that memory holds; each process computes its share,
         #    and gradients, loss and sums are added up.
         step, loss, sums, computed, stopping = _gradients(
-            policy,
-            objective,
-            loader,
-            masters,
-            scaler=scaler,
-            state=state,
-            recorder=recorder,
-            processes=processes,
-            stopping=interrupted,
-            device=device,
-            keep_less=keep_less,
+            own_gradients, objective.sums, masters, loader, processes, state.step + 1, interrupted, device
         )
 
         # 2. Clip, step, and copy the masters into the 16-bit parameters. With fp16 an overflow is ordinary: the
@@ -197,40 +200,28 @@ def fit(
 
 
 def _gradients(
-    policy: nn.Module,
-    objective: Objective,
-    loader: Loader,
+    own_gradients: Callable[[], tuple[Step, torch.Tensor, torch.Tensor, int]],
+    n_sums: int,
     masters: Masters,
-    *,
-    scaler: torch.amp.GradScaler,
-    state: State,
-    recorder: Recorder,
+    loader: Loader,
     processes: Processes,
+    number: int,
     stopping: Callable[[], bool],
     device: torch.device,
-    keep_less: Callable[[], str] | None,
 ) -> tuple[Step, torch.Tensor, torch.Tensor, int, bool]:
     """The gradients of the next step, of all processes, in the masters; returns the step, its loss and sums, both on
     the device, the tokens that were computed, and whether a process was asked to stop.
 
+    Args:
+        own_gradients: `_own_gradients` of this process. n_sums: how many sums it returns. number: of the step, from 1.
+
     Raises:
         OutOfMemory: on all processes, if one of them had too little.
     """
-    step, loss, sums = None, torch.zeros((), device=device), torch.zeros(objective.sums, device=device)
+    step, loss, sums = None, torch.zeros((), device=device), torch.zeros(n_sums, device=device)
     computed = tokens = documents = 0
     try:
-        step, loss, sums, computed = _own_gradients(
-            policy,
-            objective,
-            loader,
-            masters,
-            scaler=scaler,
-            state=state,
-            recorder=recorder,
-            several=processes.size > 1,
-            device=device,
-            keep_less=keep_less,
-        )
+        step, loss, sums, computed = own_gradients()
     except OutOfMemory as error:
         if processes.size == 1:
             raise
@@ -246,7 +237,7 @@ def _gradients(
     if failures or step is None:
         _, _, rank = min(failures)
         documents, tokens = map(int, said[rank][2:])
-        raise OutOfMemory(state.step + 1, documents, tokens, loader.tokens_per_pass, f" on rank {rank}")
+        raise OutOfMemory(number, documents, tokens, loader.tokens_per_pass, f" on rank {rank}")
     return step, loss, sums, sum(int(words[1]) for words in said), any(words[0] for words in said)
 
 

@@ -17,6 +17,8 @@ from itertools import pairwise
 from math import exp, isfinite, log, sqrt
 from typing import Any
 
+from luthier.config.preference import has_reference
+
 Row = Mapping[str, Any]
 Point = dict[str, float]
 
@@ -83,7 +85,7 @@ class _View:
 
     @property
     def refers(self) -> bool:
-        return self.method not in ("orpo", "simpo")
+        return has_reference(self.method)
 
     @property
     def unit(self) -> float:

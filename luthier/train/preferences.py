@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from luthier.config import Config
-from luthier.config.preference import REFERENCE_FREE
+from luthier.config.preference import asks_reference_in_steps, has_reference
 from luthier.data.cache import cache_folder
 from luthier.data.dataset import TokenDataset
 from luthier.data.loader import StepLoader
@@ -95,9 +95,8 @@ class PreferenceTuning:
         section = config.preference
         held_out = None if validation is None else _whole(validation, loader, config, policy)
         of_training = of_validation = live = None
-        if section.rl not in REFERENCE_FREE:
-            # KTO also asks about answers behind other prompts, and which these are, the step decides.
-            reference = Reference.of(policy.model, copies=section.rl == "kto" or not section.precompute_ref_log_probs)
+        if has_reference(section.rl):
+            reference = Reference.of(policy.model, copies=asks_reference_in_steps(section))
             log.info("%s", reference.describe())
             live, of_training = ReferenceLogps(reference), ReferenceLogps(reference)
             known = None if validation is None else _unknown(validation)

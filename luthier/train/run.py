@@ -21,6 +21,7 @@ import typer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from luthier.config import Config
+from luthier.config.preference import unit_of
 from luthier.data.dataset import PreparedData, TokenDataset, prepare
 from luthier.data.loader import StepLoader
 from luthier.data.tokenizer import load_tokenizer
@@ -320,10 +321,6 @@ def _loader(
     return loader
 
 
-# What a step is made of, by method; all others compare pairs.
-_UNITS = {"": "examples", "kto": "answers"}
-
-
 def _say_steps(
     config: Config,
     loader: StepLoader,
@@ -333,7 +330,8 @@ def _say_steps(
     processes: Processes,
 ) -> None:
     training = config.training
-    unit = "packed rows" if config.data.sample_packing else _UNITS.get(config.preference.rl or "", "pairs")
+    unit = unit_of(config.preference.rl) if config.preference.rl else "examples"
+    unit = "packed rows" if config.data.sample_packing else unit
     log.info(
         "%d steps of %d %s (micro_batch_size %d x gradient_accumulation_steps %d x %s), %d steps an epoch, "
         "%s on %s",

@@ -69,6 +69,7 @@ def whole_run(make_run: MakeRun, name: str = "run", **keys: Any) -> Path:
               "score_interval": [0.55, 0.9], "flips": {"count": 2}, "complete": True}  # fmt: skip
     benchmark = {"questions": 20, "accuracy": 0.25, "interval": [0.1, 0.4], "no_answer": 1,
                  "categories": {"math": {"questions": 20, "accuracy": 0.25, "interval": [0.1, 0.4]}}}  # fmt: skip
+    tasks = {"exact_match": {"value": 0.25, "low": 0.15, "high": 0.35}}
     answers = [{"prompt": "Add 1 and 2.", "expected": "3", "compare": {"answer": "12"}, "target": {"answer": "3"}}]
     return make_run(
         name,
@@ -82,7 +83,8 @@ def whole_run(make_run: MakeRun, name: str = "run", **keys: Any) -> Path:
             "evaluation/validation.jsonl": answers,
             "evaluation/judged.json": evaluation("judge", judged, judge="openai:judge-1"),
             "evaluation/mmlu.json": evaluation("mmlu_pro", benchmark, compare=None),
-            "evaluation/arc.json": evaluation("tasks", {"arc_easy": {"acc": 0.61, "acc_norm": 0.58}}),
+            "evaluation/arc.json": evaluation("another", {"arc_easy": {"acc": 0.61, "acc_norm": 0.58}}),
+            "evaluation/gsm8k.json": evaluation("harness", {"tasks": {"gsm8k": {"questions": 90, "target": tasks}}}),
         },
         **keys,
     )
@@ -112,6 +114,9 @@ def test_all_that_a_run_holds_is_on_its_page(make_run: MakeRun):
         "abc123",
         "math 20 25.0% [10.0%, 40.0%]",
         "arc_easy 0.6100 0.5800",
+        "Benchmarks: gsm8k",
+        "gsm8k 90",
+        "target 25.0% [15.0%, 35.0%]",
         "12 [cut off]",
         "100% at step 60",
     ):

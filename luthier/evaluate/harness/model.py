@@ -24,8 +24,8 @@ from luthier.data.loader import Batch
 from luthier.data.packing import cut_into_passes
 from luthier.data.tree import cut_by_beginning, plain_forest, shared_forest
 from luthier.errors import DataError, RunError
+from luthier.evaluate.batches import cached_tokens, in_batches
 from luthier.evaluate.measure import free_unused, is_out_of_memory
-from luthier.evaluate.mmlu_pro.ask import cached_tokens
 from luthier.evaluate.progress import Progress
 from luthier.generate.engine import Engine
 from luthier.generate.sampling import Sampling
@@ -317,27 +317,16 @@ class HarnessModel(TemplateLM):
     ) -> list[str]:
         engine = Engine(self.model, self.tokenizer, ends, max_cached_tokens=cached_tokens(self.model))
         texts: dict[int, str] = {}
-        while waiting := [index for index in range(len(prompts)) if index not in texts]:
 
-            def keep(place: int, completion: Any, waiting: list[int] = waiting) -> None:
+        def ask(waiting: list[int]) -> None:
+            def keep(place: int, completion: Any) -> None:
                 texts[waiting[place]] = self._text(completion.token_ids, sampling.stop)
                 on_done()
 
-            try:
-                engine.generate([prompts[index] for index in waiting], sampling, on_done=keep)
-                break
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                if engine.max_cached_tokens < min(len(prompts[index]) for index in waiting):
-                    raise RunError(
-                        "out of memory with a single prompt and its answer: --dtype bf16 halves the weights, and fewer "
-                        "--shots make prompts shorter"
-                    ) from error
-            # Outside of the except block: while there is a traceback, its frames hold the batch.
-            free_unused(self._device)
-            engine.max_cached_tokens //= 2
-            log.warning("out of memory: going on with batches of %d tokens", engine.max_cached_tokens)
+            engine.generate([prompts[index] for index in waiting], sampling, on_done=keep)
+
+        advice = "--dtype bf16 halves the weights, and fewer --shots make prompts shorter"
+        in_batches(engine, prompts, texts.__contains__, ask, advice)
         return [texts[index] for index in range(len(prompts))]
 
     def _text(self, ids: Sequence[int], stop: Sequence[str]) -> str:

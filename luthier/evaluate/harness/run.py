@@ -26,10 +26,9 @@ from luthier.errors import ConfigError, LuthierError, RunError
 from luthier.evaluate.harness.figures import Side, figures_of, metrics_of, samples_of
 from luthier.evaluate.harness.tasks import load_tasks, topmost, words_of
 from luthier.evaluate.intervals import RESAMPLES
-from luthier.evaluate.measure import free_unused
-from luthier.evaluate.mmlu_pro.ask import hash_of
+from luthier.evaluate.measure import DTYPES, free_unused
 from luthier.evaluate.record import Record
-from luthier.evaluate.results import RUN_CONFIG, results_folder, run_folder, write_results
+from luthier.evaluate.results import RUN_CONFIG, digest, results_folder, run_folder, write_results
 from luthier.generate.cli import asking_format
 from luthier.generate.engine import default_terminators
 from luthier.models.assemble import open_base, open_for_inference, tokenizer_for_inference
@@ -39,12 +38,10 @@ log = logging.getLogger("luthier")
 
 INSTALL = 'pip install "luthier[harness]"'
 BASE = "base"
-DTYPES = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # Columns of the table of results that say what a row is of.
 KEY = ("model", "benchmark", "limit", "shots", "chat")
 BENCHMARK = "lm-eval"
-
 
 
 @dataclass(frozen=True)
@@ -260,7 +257,7 @@ def _plain(value: Any) -> Any:
 
 def _file_name(names: Sequence[str], asked: Asked, include_path: str | Path | None) -> str:
     tasks = "+".join(Path(name).stem if name.endswith((".yaml", ".yml")) else name for name in names)
-    parts = ["harness", tasks if len(tasks) <= 60 else hash_of([*names, str(include_path)])[:8]]
+    parts = ["harness", tasks if len(tasks) <= 60 else digest([*names, str(include_path)])[:8]]
     parts += [f"{asked.shots}shots"] if asked.shots is not None else []
     parts += [f"first{asked.limit}"] if asked.limit is not None else []
     return "-".join([*parts, *(["chat"] if asked.chat else [])])

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.data.files import kind_of, read_file
 from luthier.errors import DataError, ModelError
-from luthier.evaluate.judge.store import Rows, digest
+from luthier.evaluate.judge.store import Rows
+from luthier.evaluate.results import RUN_CONFIG, digest
 
 if TYPE_CHECKING:
     from luthier.data.examples import Example
@@ -25,11 +26,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("luthier")
 
-RUN_CONFIG, ADAPTER_CONFIG, MODEL_CONFIG = "config.yaml", "adapter_config.json", "config.json"
+ADAPTER_CONFIG, MODEL_CONFIG = "adapter_config.json", "config.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # What a model's answers depend on, of the files at the top of its folder.
 _OF_MODEL = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", RUN_CONFIG)
-LONGEST = 512  # new tokens of an answer where neither the command nor the model says
 
 
 @dataclass(frozen=True)
@@ -265,40 +265,42 @@ def _content(prompt: Prompt) -> list[Any]:
 def _generate(
     target: str, prompts: Sequence[Prompt], max_new_tokens: int | None, keep: Callable[[Prompt, dict[str, Any]], None]
 ) -> None:
-    """Answer the prompts greedily; `keep` gets each answer as it ends. Batches are halved where memory ends."""
-    from luthier.evaluate.measure import free_unused, is_out_of_memory
+    """Answer the prompts greedily; `keep` gets each answer as it ends. The model's memory is free afterwards."""
+    from luthier.evaluate.measure import free_unused
+
+    engine, ids_of = open_engine(target)
+    device = engine.model.get_input_embeddings().weight.device
+    _ask_all(engine, prompts, [ids_of(prompt) for prompt in prompts], max_new_tokens, keep)
+    del engine
+    free_unused(device)
+
+
+def _ask_all(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    prompt_ids: Sequence[list[int]],
+    max_new_tokens: int | None,
+    keep: Callable[[Prompt, dict[str, Any]], None],
+) -> None:
+    from luthier.evaluate.batches import in_batches
     from luthier.generate.sampling import Sampling
 
     sampling = Sampling(max_new_tokens=max_new_tokens, do_sample=False)
-    engine, ids_of = open_engine(target)
-    device = engine.model.get_input_embeddings().weight.device
-    waiting: dict[int, list[int]] = {}
-    for place, prompt in enumerate(prompts):
-        ids = ids_of(prompt)
-        if (reason := engine.why_not(ids)) is None:
-            waiting[place] = ids
-        else:
-            keep(prompt, {"answer": "", "skipped": f"the prompt {reason}"})
-    while waiting:
-        places = list(waiting)
+    done: set[int] = set()
+    for place, ids in enumerate(prompt_ids):
+        if (reason := engine.why_not(ids)) is not None:
+            keep(prompts[place], {"answer": "", "skipped": f"the prompt {reason}"})
+            done.add(place)
 
-        def done(index: int, completion: Any, places: list[int] = places) -> None:
+    def ask(waiting: list[int]) -> None:
+        def ended(index: int, completion: Any) -> None:
             cut = completion.finish_reason == "length"
-            keep(prompts[places[index]], {"answer": completion.text, "cut": cut})
-            del waiting[places[index]]
+            keep(prompts[waiting[index]], {"answer": completion.text, "cut": cut})
+            done.add(waiting[index])
 
-        try:
-            engine.generate([waiting[place] for place in places], sampling, on_done=done)
-        except Exception as error:
-            if not is_out_of_memory(error) or engine.max_cached_tokens < max(map(len, waiting.values())):
-                raise
-            engine.max_cached_tokens //= 2
-        else:
-            continue
-        free_unused(device)  # outside of the except block, whose traceback holds the batch
-        log.warning("out of memory: going on with batches of up to %d tokens", engine.max_cached_tokens)
-    del engine
-    free_unused(device)
+        engine.generate([prompt_ids[place] for place in waiting], sampling, on_done=ended)
+
+    in_batches(engine, prompt_ids, done.__contains__, ask, "--max-new-tokens bounds the answer")
 
 
 def open_engine(target: str) -> tuple[Engine, Callable[[Prompt], list[int]]]:
@@ -306,7 +308,7 @@ def open_engine(target: str) -> tuple[Engine, Callable[[Prompt], list[int]]]:
     from luthier.data.hub import notice_missing_network
     from luthier.data.render import Renderer
     from luthier.data.tokenizer import terminator_ids
-    from luthier.generate.cli import asking_format
+    from luthier.generate.cli import LONGEST, asking_format
     from luthier.generate.engine import Engine, default_terminators
     from luthier.models.assemble import open_for_inference
 

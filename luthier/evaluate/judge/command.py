@@ -31,9 +31,9 @@ from luthier.evaluate.judge.name import (
 )
 from luthier.evaluate.judge.question import CRITERIA, FORM, LOCAL_FORM
 from luthier.evaluate.judge.rounds import Pair, Round, Task, ask_all, tasks_of
-from luthier.evaluate.judge.store import Rows, digest
+from luthier.evaluate.judge.store import Rows
 from luthier.evaluate.judge.tally import figures_of, lines_of, pair_row
-from luthier.evaluate.results import results_folder, write_results
+from luthier.evaluate.results import digest, results_folder, write_results
 
 log = logging.getLogger("luthier")
 
@@ -100,9 +100,9 @@ def command(
             )
     folder = results_folder(a, output.expanduser() if output else None)
     pairs, unanswered = _pairs(sides, questions, folder, max_new_tokens)
-    stem = f"judge-verdicts-{_slug(name.shown)}-{digest(name.key)[:6]}"
+    stem = f"judge-verdicts-{_slug(name.model)}-{digest(name.key)[:6]}"
     parts = [*map(_key_of, sides), name.key, standard, str(prompts.resolve())]
-    result = f"judge-{_slug(b)}-by-{_slug(name.shown)}-on-{_slug(prompts.stem)}-{digest(parts)[:6]}"
+    result = f"judge-{_slug(b)}-by-{_slug(name.model)}-on-{_slug(prompts.stem)}-{digest(parts)[:6]}"
     with Rows(folder / f"{stem}.jsonl") as rows:
         verdicts: dict[str, Mapping[str, Any]] = {row["key"]: row for row in rows.stored if "choice" in row}
         if name.is_human:
@@ -119,7 +119,7 @@ def command(
     if not ended or figures["counted"] + figures["flips"]["count"] + figures["wavered"]["count"]:
         path, _ = write_results(
             folder, result, kind="judge", target=a, compare=b, figures=figures, rows=found,
-            judge=name.shown, criteria=standard, prompts=str(prompts), orders=1 if name.is_human else 2,
+            judge=name.model, criteria=standard, prompts=str(prompts), orders=1 if name.is_human else 2,
             verdicts=f"{stem}.jsonl",
         )  # fmt: skip
         print("\n".join(["", *lines_of(figures, a, b, orders=1 if name.is_human else 2)]))
@@ -157,7 +157,7 @@ def _judge(
         elif name.kind == "local":
             from luthier.evaluate.judge.local import LocalJudge
 
-            outcome = ask_all(todo, LocalJudge(name.model).ask, name.shown, rows, verdicts)
+            outcome = ask_all(todo, LocalJudge(name.model).ask, name.model, rows, verdicts)
         else:
             endpoint = Endpoint(
                 name.url, name.model, key, purse,
@@ -165,7 +165,7 @@ def _judge(
             )  # fmt: skip
             threads = min(limits.threads, len(todo))
             outcome = ask_all(
-                todo, endpoint.ask, name.shown, rows, verdicts, threads=threads, stop=endpoint.stop
+                todo, endpoint.ask, name.model, rows, verdicts, threads=threads, stop=endpoint.stop
             )  # fmt: skip
     except (LuthierError, KeyboardInterrupt) as error:
         return outcome, purse.spent, error

@@ -13,7 +13,8 @@ from typing import Any, TextIO
 
 from luthier.evaluate.judge.question import FIRST, SECOND, TIE
 from luthier.evaluate.judge.rounds import Pair, Task, tasks_of, verdict_row
-from luthier.evaluate.judge.store import Rows, digest
+from luthier.evaluate.judge.store import Rows
+from luthier.evaluate.results import digest
 
 HUMAN = "human"
 HELP = "1 or 2: the better answer; 0: neither; a reason may follow (2 the sum is wrong); q: stop here"

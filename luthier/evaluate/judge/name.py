@@ -25,10 +25,6 @@ class JudgeName:
     url: str = ""
 
     @property
-    def shown(self) -> str:
-        return self.model
-
-    @property
     def is_human(self) -> bool:
         return self.kind == HUMAN
 
@@ -44,7 +40,6 @@ class Limits:
     retries: int
     timeout: float
     judge_tokens: int
-
 
 
 def judge_name(judge: str | None, human: bool) -> JudgeName:

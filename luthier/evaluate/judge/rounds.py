@@ -18,7 +18,8 @@ from typing import Any
 from luthier.errors import RunError
 from luthier.evaluate.judge.client import CapReached, NotJudged, PairFailed, Stopped
 from luthier.evaluate.judge.question import FORM, Verdict, question_text
-from luthier.evaluate.judge.store import Rows, digest
+from luthier.evaluate.judge.store import Rows
+from luthier.evaluate.results import digest
 
 log = logging.getLogger("luthier")
 

@@ -6,7 +6,6 @@ the hash of all that it depends on. A process that is killed leaves at most half
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -19,12 +18,6 @@ from typing import Any
 from luthier.errors import DataError, RunError
 
 log = logging.getLogger("luthier")
-
-
-def digest(value: Any) -> str:
-    """Hash of a JSON value, as 32 hexadecimal digits."""
-    text = json.dumps(value, ensure_ascii=False, sort_keys=True)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 class Rows:

@@ -6,7 +6,6 @@ again, after a kill or with other subjects, is looked up first.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import time
@@ -20,11 +19,11 @@ from luthier.data.encode import TextEncoder
 from luthier.data.formats import prompt_example
 from luthier.data.render import Renderer
 from luthier.errors import RunError
-from luthier.evaluate.measure import free_unused, is_out_of_memory
+from luthier.evaluate.batches import in_batches
 from luthier.evaluate.mmlu_pro.data import LETTERS, STOP, Question, cot_prompt, extract_answer, letter_prompt
-from luthier.generate.engine import MAX_CACHED_TOKENS, Engine
+from luthier.evaluate.results import digest
+from luthier.generate.engine import Engine
 from luthier.generate.sampling import Sampling
-from luthier.models.memory import free_memory
 
 log = logging.getLogger("luthier")
 
@@ -34,7 +33,6 @@ Keep = Callable[["Asked", dict[str, Any]], None]
 
 _LETTER_IDS = 4  # room for a letter, which is one id for nearly every tokenizer
 _SAY_EVERY = 30.0  # seconds between two lines about progress
-_SHARE_OF_MEMORY = 0.5  # of what is free, for cached keys and values
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ class Runner:
             for at, text, ids in zip(left, texts, self.encode(texts) if texts else [], strict=True):
                 if len(ids) < self.longest_prompt or shots == 0:
                     question = questions[at]
-                    key = hash_of([question.id, question.answer, question.options, ids])
+                    key = digest([question.id, question.answer, question.options, ids])
                     found[at] = Asked(question, text, ids, shots, key)
         return [found[at] for at in range(len(questions))]
 
@@ -116,22 +114,13 @@ class Runner:
             if reason := self.engine.why_not([*one.ids, *letter]):
                 keep(one, {"prediction": None, "stage": 0, "finish": "skipped", "skipped": reason, "output": ""})
         ask = self._generate if self.settings.mode == "cot" else self._letters
-        while waiting := [one for one in asked if one.key not in store.rows]:
-            try:
-                ask(waiting, keep)
-                continue
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                if self.engine.max_cached_tokens < self.context:
-                    raise RunError(
-                        "out of memory with a single prompt and its answer: --dtype bf16 halves the weights, and "
-                        "--max-new-tokens bounds the answer"
-                    ) from error
-            # Outside of the except block: while there is a traceback, its frames hold the batch.
-            free_unused(self.engine.model.get_input_embeddings().weight.device)
-            self.engine.max_cached_tokens //= 2
-            log.warning("out of memory: going on with batches of %d tokens", self.engine.max_cached_tokens)
+        in_batches(
+            self.engine,
+            [one.ids for one in asked],
+            lambda at: asked[at].key in store.rows,
+            lambda waiting: ask([asked[at] for at in waiting], keep),
+            "--dtype bf16 halves the weights, and --max-new-tokens bounds the answer",
+        )
 
     def _generate(self, asked: Sequence[Asked], keep: Keep) -> None:
         def done(index: int, completion: Any) -> None:
@@ -268,22 +257,3 @@ class Store:
 
     def close(self) -> None:
         self._file.close()
-
-
-def cached_tokens(model: Any) -> int:
-    """Prompt and answer tokens of a batch over all its rows, by the memory that is free for keys and values."""
-    device = model.get_input_embeddings().weight.device
-    if device.type != "cuda":
-        return MAX_CACHED_TOKENS
-    config = model.config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kept = 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * width
-    # The prompts' own pass holds an MLP's two inner states and more; when ended rows leave, the cache is there twice.
-    passing = 4 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
-    size = model.get_input_embeddings().weight.element_size()
-    return max(MAX_CACHED_TOKENS // 4, int(_SHARE_OF_MEMORY * free_memory(device) / (size * (2 * kept + passing))))
-
-
-def hash_of(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -25,10 +25,12 @@ from luthier.data.hub import notice_missing_network
 from luthier.data.render import Renderer
 from luthier.data.tokenizer import terminator_ids
 from luthier.errors import ConfigError
-from luthier.evaluate.mmlu_pro.ask import Asked, Runner, Settings, Store, cached_tokens, encoder_of, hash_of
+from luthier.evaluate.batches import cached_tokens
+from luthier.evaluate.measure import DTYPES
+from luthier.evaluate.mmlu_pro.ask import Asked, Runner, Settings, Store, encoder_of
 from luthier.evaluate.mmlu_pro.data import Benchmark, choose_subjects, figures_of, load_benchmark
 from luthier.evaluate.record import Record, as_table
-from luthier.evaluate.results import results_folder, write_results
+from luthier.evaluate.results import digest, results_folder, write_results
 from luthier.generate.cli import asking_format
 from luthier.generate.engine import Engine, default_terminators
 from luthier.models.adapter_files import CONFIG as ADAPTER_CONFIG
@@ -39,7 +41,6 @@ from luthier.models.device import choose_device
 log = logging.getLogger("luthier")
 
 MODES = ("cot", "loglik")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # As in the published script: no model saw more context than this, so that long prompts have fewer examples.
 SHOTS, NEW_TOKENS, CONTEXT = 5, 2048, 4096
@@ -110,7 +111,7 @@ def run_mmlu_pro(
     model.generation_config = GenerationConfig()  # the model's own temperature and penalties have no part in this
     engine = Engine(model, tokenizer, sorted(terminators), max_cached_tokens=cached_tokens(model))
     runner = Runner(engine, settings, encode)
-    store = Store(folder / f"mmlu_pro_{mode}-{hash_of(header)[:8]}.jsonl", header)
+    store = Store(folder / f"mmlu_pro_{mode}-{digest(header)[:8]}.jsonl", header)
     try:
         asked: list[Asked] = []
         for name in chosen:
@@ -154,10 +155,8 @@ def _settings(mode: str, shots: int | None, max_new_tokens: int | None, context:
 def _dtype(asked: torch.dtype | str | None) -> torch.dtype | None:
     if asked is None or isinstance(asked, torch.dtype):
         return asked
-    if asked == "auto":
-        return None
     if asked not in DTYPES:
-        raise ConfigError(f"--dtype: {asked!r}: auto, {', '.join(DTYPES)}")
+        raise ConfigError(f"--dtype: {asked!r}: {', '.join(DTYPES)}")
     return DTYPES[asked]
 
 
@@ -179,7 +178,7 @@ def weights_of(target: str, model: Any) -> str:
     found: list[Any] = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
     if (folder / ADAPTER_CONFIG).is_file():
         found.append(weights_of(str(read_adapter_config(folder).get("base_model_name_or_path")), model))
-    return hash_of(found)[:16]
+    return digest(found)[:16]
 
 
 def _say_what_is_odd(figures: Mapping[str, Any], settings: Settings) -> None:
@@ -208,7 +207,7 @@ def _write(
     source: str,
 ) -> dict[str, Any]:
     subjects = said["subjects"] if said["subjects"] == "all" else "+".join(said["subjects"]).replace(" ", "_")
-    asked = [hash_of(header)[:8], f"{settings.shots}shots", subjects if len(subjects) < 60 else hash_of(subjects)[:8]]
+    asked = [digest(header)[:8], f"{settings.shots}shots", subjects if len(subjects) < 60 else digest(subjects)[:8]]
     asked += [f"context{settings.context}"] if settings.context != CONTEXT else []
     asked += [f"first{said['limit']}"] if said["limit"] is not None else []
     path, described = write_results(

@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": {"config"},
     "doctor": {"config", "models"},
     "compat": {"config", "train"},
-    "demo": {"config", "data", "evaluate", "generate", "models", "train"},
+    "demo": {"config", "evaluate", "train"},
     "launch": {"config", "train"},
     "experiments": {"config"},
     "cli": EVERYTHING,
@@ -45,8 +45,10 @@ OF_MODULE: dict[str, set[str]] = {
     "train.loop": set(),
     "train.run": EVERYTHING - {"demo", "doctor", "experiments", "export"},
     "train.finish": {"config", "experiments", "plan"},  # a run ends with its report
+    "evaluate.page": {"experiments"},  # a new result is on the run's page at once
     "train.passes": {"config", "data", "models"},
     "train.evaluators": {"config", "data", "evaluate", "generate", "models"},
+    "train.forgetting": {"config", "data", "evaluate", "models"},
     "train.preferences": {"config", "data", "evaluate", "models", "objectives"},
 }
 OF_LOOP = {"train.metrics", "train.checkpoint", "train.protocols"}

@@ -283,6 +283,9 @@ class EvaluationConfig(Section):
     """Documents in one evaluation batch. Default: `micro_batch_size`."""
     early_stopping_patience: Annotated[int | None, Field(ge=1)] = None
     """End the run after this many evaluations in a row without a lower loss."""
+    general_eval: bool | Literal["auto"] = "auto"
+    """Measure the shipped general set before the first step and at the end, to see what the run forgets
+    (`evaluation/general.json`). `auto`: where that costs at most 3% of the run's own tokens."""
     generate_samples: bool = False
     """Let the model answer at each evaluation, and write what it says to `samples.jsonl`. True by itself
     where `sample_prompts` or `num_generation_samples` is set."""

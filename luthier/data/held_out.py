@@ -73,9 +73,11 @@ class HeldOut:
 
 
 def _group(row: dict[str, Any], name: str, location: str) -> str:
-    if name not in row:
-        raise DataError(f"{location}: there is no column `{name}` to group by; {fields_of(row)}.")
-    value = row[name]
+    value: Any = row
+    for part in (name,) if name in row else name.split("."):  # `meta.category` is a field of an object
+        if not isinstance(value, dict) or part not in value:
+            raise DataError(f"{location}: there is no column `{name}` to group by; {fields_of(row)}.")
+        value = value[part]
     if isinstance(value, (str, int, float)):
         return str(value)
     raise DataError(

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from luthier.errors import ConfigError
+from luthier.evaluate.page import draw_again
 
 BENCHMARKS = ("mmlu_pro",)
 DTYPES = ("auto", "fp32", "bf16", "fp16")
@@ -87,11 +88,17 @@ def command(
         Path | None,
         typer.Option("--include-path", "--include_path", help="For --tasks: a folder with tasks of your own."),
     ] = None,
+    general: Annotated[
+        bool,
+        typer.Option(
+            "--general", help="The shipped general set in place of data: what the run has forgotten, beside its base."
+        ),
+    ] = False,
 ) -> None:
     """Measure a run, an adapter or a model."""
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: it is one of {', '.join(DTYPES)}")
-    of_benchmark = {
+    of_benchmark: dict[str, Any] = {
         "subjects": subjects != "all",
         "mode": mode != "cot",
         "shots": shots is not None,
@@ -100,7 +107,7 @@ def command(
         "chat": chat,
         "record": record,
     }
-    of_data = {
+    of_data: dict[str, Any] = {
         "compare": compare,
         "by": by,
         "type": type,
@@ -108,6 +115,10 @@ def command(
         "tokens-per-pass": tokens_per_pass,
         "json": as_json,
     }
+    if general:
+        others = {name: given for name, given in of_data.items() if name in ("by", "type", "short-answer")}
+        others |= {"data": data, "benchmark": benchmark, "tasks": tasks, "include_path": include_path, **of_benchmark}
+        _refuse(others, "does nothing with --general, which has rows of its own")
     if tasks is not None:
         of_tasks = ("shots", "chat", "record", "compare", "tokens-per-pass", "json")
         others = {**of_benchmark, **of_data, "benchmark": benchmark, "data": data}
@@ -128,15 +139,19 @@ def command(
             device=device,
             seed=seed,
         )
+        draw_again(model, output)
         return
     _refuse({"include_path": include_path}, "goes with --tasks")
     if benchmark is None:
         _refuse(of_benchmark, "goes with --benchmark")
     else:
-        _refuse(of_data, "does nothing with --benchmark")
+        others = {name: given for name, given in of_data.items() if name not in ("compare", "json")}
+        _refuse(others, "does nothing with --benchmark")
         _run_benchmark(
             benchmark,
             model,
+            as_json,
+            compare=compare,
             data=_one(data),
             subjects=subjects,
             mode=mode,
@@ -151,6 +166,7 @@ def command(
             dtype=dtype,
             seed=seed,
         )
+        draw_again(model, output)
         return
 
     # As late as this, so that --help does not wait for torch.
@@ -170,7 +186,9 @@ def command(
         device=device,
         output=output,
         seed=seed,
+        general=general,
     )
+    draw_again(model, output)
     if as_json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
         return
@@ -203,9 +221,16 @@ def _run_tasks(model: str, as_json: bool, **options: Any) -> None:
     print(f"{shown(result)}\n\n{path}, and question by question in {result['rows']} beside it")
 
 
-def _run_benchmark(name: str, model: str, **options: Any) -> None:
+def _run_benchmark(name: str, model: str, as_json: bool, **options: Any) -> None:
     if name not in BENCHMARKS:
         raise ConfigError(f"--benchmark {name}: there is {', '.join(BENCHMARKS)}")
-    from luthier.evaluate.mmlu_pro.run import run_mmlu_pro
+    from luthier.evaluate.mmlu_pro.figures import shown
+    from luthier.evaluate.mmlu_pro.run import recorded, run_mmlu_pro
 
-    run_mmlu_pro(model, **options)
+    path, result = run_mmlu_pro(model, **options)
+    if as_json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+        return
+    print(f"{shown(result)}\n\n{path}, and every prompt and answer in {result['rows']} beside it")
+    if options["record"] is not None:
+        print(f"\n{recorded(options['record'])}")

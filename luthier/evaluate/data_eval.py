@@ -7,8 +7,8 @@ measured on the same rows, so that they can be compared row by row.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,22 +17,23 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from luthier.config import Config
-from luthier.config.preference import REFERENCE_FREE
+from luthier.config.preference import has_reference, unit_of
 from luthier.data import templates
 from luthier.data.held_out import HeldOut, held_out
 from luthier.data.tokenizer import is_chat, terminator_ids
 from luthier.errors import ConfigError, DataError
-from luthier.evaluate.answers import SHORT_ANSWER, SLACK, Answer, Question, greedy_answers, question_of
-from luthier.evaluate.exact_match import is_exact
-from luthier.evaluate.figures import RowFigures, all_figures
-from luthier.evaluate.measure import DTYPES, DocumentScores, find_budget, free_unused, score_documents
-from luthier.evaluate.pairs import PairScores, pair_figures, pair_line, pair_texts, score_pairs
+from luthier.evaluate.answers import SHORT_ANSWER, SLACK, greedy_answers, question_of
+from luthier.evaluate.figures import all_figures
+from luthier.evaluate.general import GROUP, general_data, general_set, limit_of
+from luthier.evaluate.general import NAME as GENERAL
+from luthier.evaluate.labelled import score_labelled
+from luthier.evaluate.measure import DTYPES, find_budget, free_unused, score_documents
+from luthier.evaluate.pairs import score_pairs
 from luthier.evaluate.progress import Progress
-from luthier.evaluate.results import results_folder, write_results
-from luthier.evaluate.what_data import Wanted, what_data
+from luthier.evaluate.results import check_writable, results_folder, write_results
+from luthier.evaluate.sides import Side, of_rows, row_lines
+from luthier.evaluate.what_data import Wanted, must_exist, what_data
 from luthier.generate.engine import default_terminators
-from luthier.generate.text import decode
 from luthier.models.assemble import open_base, open_for_inference, tokenizer_for_inference
 from luthier.models.device import choose_device
 from luthier.models.isolation import build_policy
@@ -42,33 +43,6 @@ log = logging.getLogger("luthier")
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 BASE = "base"
-
-
-@dataclass
-class Side:
-    """One of the models that are compared, and what it makes of the rows.
-
-    Attributes:
-        name: what to call it. path: where it is; for the base of a run, whose config says how to load it, None.
-        documents: (D,) their indices in `data.documents`; rows: (D,) the row of each, by number.
-        questions, answers: by the number of the row, of those that are asked.
-    """
-
-    name: str
-    path: str | None
-    run: Config | None
-    tokenizer: PreTrainedTokenizerBase
-    config: Config
-    data: HeldOut
-    documents: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    questions: dict[int, Question] = field(default_factory=dict)
-    scores: DocumentScores | PairScores | None = None
-    answers: dict[int, Answer] = field(default_factory=dict)
-    described: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def rows(self) -> npt.NDArray[np.int64]:
-        return self.data.documents.rows[self.documents]
 
 
 def evaluate_data(
@@ -85,6 +59,7 @@ def evaluate_data(
     device: str | None = None,
     output: Path | None = None,
     seed: int = 0,
+    general: bool = False,
 ) -> tuple[Path, dict[str, Any]]:
     """Measure a run, an adapter or a model, and write `NAME.json` and `NAME.jsonl`.
 
@@ -93,6 +68,7 @@ def evaluate_data(
             None for that of the run. compare: another model, or `base` for the run's own. by: columns to group by.
         limit: so many rows, drawn by the seed. short_answer: most tokens of an answer that is asked for; 0 asks none.
         tokens_per_pass: None finds it. output: a folder in place of the run's.
+        general: on the general set in place of data; a run beside its base unless told otherwise.
 
     Returns:
         The JSON's path and content.
@@ -101,18 +77,23 @@ def evaluate_data(
         ConfigError, DataError: before a model is loaded. ModelError, RunError.
     """
     # 1. What is measured on, by tokenizers alone.
-    wanted = what_data(target, data, type)
+    wanted = general_data(target) if general else what_data(target, data, type)
     rl = wanted.config.preference.rl
-    if rl not in (None, *REFERENCE_FREE) and wanted.run is not None and compare is None:
+    if has_reference(rl) and wanted.run is not None and compare is None:
         log.info("rl: %s: rewards are against the base, which is measured too (--compare base)", rl)
         compare = BASE
+    if general:
+        compare, by = compare or (BASE if wanted.run is not None else None), [GROUP]
     sides = _sides(target, compare, wanted)
     rows = _common_rows(sides, limit, seed)
     columns = sides[0].data.columns(by, rows.tolist()) if by else {}
     for side in sides:
-        _choose(side, rows, short_answer)
+        _choose(side, rows)
+    _ask(sides, short_answer)
     groups = _groups(sides[0].data, rows, by, columns)
     log.info("%s", _said(wanted, sides[0], rows))
+    folder = results_folder(target, output)
+    check_writable(folder)
 
     # 2. One model after the other.
     place = choose_device(device or (wanted.run.model.device_map if wanted.run else None))
@@ -122,16 +103,18 @@ def evaluate_data(
         _measure(side, place, DTYPES[dtype], tokens_per_pass)
 
     # 3. Figures, and the rows.
-    of_rows = _figures(sides, rows)
-    figures = all_figures(of_rows[0], of_rows[1] if compare else None, groups, seed)
+    found = of_rows(sides, rows, seed)
+    figures = all_figures(found[0].figures, found[1].figures if compare else None, groups, seed)
+    if found[0].answers is not None and found[0].answers.kl is not None:
+        figures["all"]["target"]["kl"] = found[0].answers.kl
     return write_results(
-        results_folder(target, output),
+        folder,
         wanted.name,
-        kind="data",
+        kind=GENERAL if general else "data",
         target=target,
         compare=None if compare is None else (sides[1].path or sides[1].config.model.base_model),
         figures=figures,
-        rows=_row_lines(sides, rows, columns),
+        rows=row_lines(sides, rows, columns, found),
         names={"target": sides[0].name, "compare": sides[1].name if compare else None},
         settings={
             "data": wanted.described,
@@ -153,7 +136,7 @@ def _sides(target: str, compare: str | None, wanted: Wanted) -> list[Side]:
     tokenizer = tokenizer_for_inference(target)
     _set_template(wanted, tokenizer)
     config, name = wanted.config, "tuned" if compare == BASE else _short(target)
-    first = Side(name, target, wanted.run, tokenizer, config, held_out(config, tokenizer))
+    first = Side(name, target, wanted.run, tokenizer, config, _documents(wanted, tokenizer))
     if compare is None:
         return [first]
     if compare == BASE:
@@ -161,9 +144,12 @@ def _sides(target: str, compare: str | None, wanted: Wanted) -> list[Side]:
             raise ConfigError(
                 f"--compare base: {target} is no run, which would say what its base is; give the base's folder or name"
             )
-        if wanted.run.adapter.lora_model_dir:
-            log.info("the base is %s without the adapter that the run began with", wanted.run.model.base_model)
+        if adapter := wanted.run.adapter.lora_model_dir:
+            # What rewards are against is the model as the run began.
+            how = f"with the adapter {adapter}," if has_reference(config.preference.rl) else "without the adapter"
+            log.info("the base is %s %s that the run began with", wanted.run.model.base_model, how)
         return [first, Side(BASE, None, wanted.run, tokenizer, config, first.data)]
+    must_exist(compare)
     other = tokenizer_for_inference(compare)
     _set_template(wanted, other, tokenizer)
     same = other.get_vocab() == tokenizer.get_vocab() and other.chat_template == tokenizer.chat_template
@@ -173,7 +159,13 @@ def _sides(target: str, compare: str | None, wanted: Wanted) -> list[Side]:
             "not that of the other; exact match can be compared"
         )
     name = _short(compare) if _short(compare) != first.name else compare
-    return [first, Side(name, compare, None, other, config, first.data if same else held_out(config, other))]
+    return [first, Side(name, compare, None, other, config, first.data if same else _documents(wanted, other))]
+
+
+def _documents(wanted: Wanted, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
+    if wanted.general:
+        return general_set(tokenizer, limit_of(wanted.config))
+    return held_out(wanted.config, tokenizer)
 
 
 def _set_template(
@@ -212,8 +204,8 @@ def _common_rows(sides: Sequence[Side], limit: int | None, seed: int) -> npt.NDA
     return rows
 
 
-def _choose(side: Side, rows: npt.NDArray[np.int64], short_answer: int) -> None:
-    """The side's documents of these rows, and the questions among them that have a short answer."""
+def _choose(side: Side, rows: npt.NDArray[np.int64]) -> None:
+    """The side's documents of these rows, and the questions among them."""
     documents = side.data.documents
     side.documents = np.flatnonzero(np.isin(documents.rows, rows))
     if side.config.preference.rl is not None:
@@ -221,8 +213,16 @@ def _choose(side: Side, rows: npt.NDArray[np.int64], short_answer: int) -> None:
     ends = set(terminator_ids(side.tokenizer, side.config))
     for index in side.documents.tolist():
         question = question_of(documents, index, side.tokenizer, ends)
-        if question is not None and question.ends and 0 < question.tokens <= short_answer:
+        if question is not None and question.ends and question.tokens:
             side.questions[int(documents.rows[index])] = question
+
+
+def _ask(sides: Sequence[Side], short_answer: int) -> None:
+    """Keep the questions that have a short answer in the target's tokens, and that all sides have."""
+    short = {row for row, question in sides[0].questions.items() if question.tokens <= short_answer}
+    asked = short.intersection(*(side.questions for side in sides))
+    for side in sides:
+        side.questions = {row: question for row, question in side.questions.items() if row in asked}
 
 
 def _groups(
@@ -236,10 +236,16 @@ def _said(wanted: Wanted, side: Side, rows: npt.NDArray[np.int64]) -> str:
     tokens = int(side.data.documents.trained[side.documents].sum())
     held = side.data.what == "val_set_size"
     how = f" (held out by val_set_size: {wanted.config.data.val_set_size})" if held else ""
-    if wanted.config.preference.rl is not None:
-        return f"{wanted.described}{how}: {len(rows):,} pairs"
-    asked = f"{len(side.questions):,} short answers"
-    return f"{wanted.described}{how}: {len(rows):,} rows, {tokens:,} tokens to predict, {asked}"
+    if (rl := wanted.config.preference.rl) is not None:
+        count = len(side.documents) if rl == "kto" else len(rows)
+        return f"{wanted.described}{how}: {_count(count, unit_of(rl).removesuffix('s'))}"
+    asked = _count(len(side.questions), "short answer")
+    counts = _count(len(rows), "row"), f"{_count(tokens, 'token')} to predict", asked
+    return f"{wanted.described}{how}: {', '.join(counts)}"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def _short(path: str) -> str:
@@ -262,7 +268,9 @@ def _measure(side: Side, device: torch.device, dtype: torch.dtype | None, tokens
         log.info("%s: %s", side.name, budget)
         tokens_per_pass = budget.tokens
     with Progress(f"{side.name}: scoring", len(chosen)) as progress:
-        score = score_documents if side.config.preference.rl is None else score_pairs
+        score: Any = score_documents if side.config.preference.rl is None else score_pairs
+        if side.config.preference.rl == "kto":
+            score = partial(score_labelled, sequence_len=side.config.data.sequence_len)
         side.scores = score(policy, chosen, device, tokens_per_pass=tokens_per_pass, on_done=progress.advance)
     if side.questions:
         questions = list(side.questions.values())
@@ -288,94 +296,6 @@ def _measure(side: Side, device: torch.device, dtype: torch.dtype | None, tokens
 def _open(side: Side, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
     if side.path is None:
         assert side.run is not None
-        return open_base(side.run, side.tokenizer, device=device, dtype=dtype)
+        adapter = side.run.adapter.lora_model_dir if has_reference(side.config.preference.rl) else None
+        return open_base(side.run, side.tokenizer, adapter=adapter, device=device, dtype=dtype)
     return open_for_inference(side.path, device=device, dtype=dtype)[0]
-
-
-# --- rows ---------------------------------------------------------------------------------------------------
-
-
-def _figures(sides: Sequence[Side], rows: npt.NDArray[np.int64]) -> list[RowFigures]:
-    """Of each side, row by row."""
-    section = sides[0].config.preference
-    if section.rl is None:
-        return [_by_row(side, rows) for side in sides]
-    assert section.rl_beta is not None
-    found = []
-    base = next((side.scores for side in sides if side.path is None), None)
-    for side in sides:
-        assert isinstance(side.scores, PairScores) and (base is None or isinstance(base, PairScores))
-        reference = None if side.path is None else base
-        found.append(pair_figures(side.scores, reference, section.rl, section.rl_beta))
-    return found
-
-
-def _by_row(side: Side, rows: npt.NDArray[np.int64]) -> RowFigures:
-    """Sums of the documents of each row; a row of raw text may be several."""
-    assert isinstance(side.scores, DocumentScores)
-    owner = np.searchsorted(rows, side.rows)
-
-    def add_up(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        return np.bincount(owner, values, minlength=len(rows)).astype(np.float64)
-
-    exact, stopped = np.full(len(rows), np.nan), np.full(len(rows), np.nan)
-    for row, answer in side.answers.items():
-        place = int(np.searchsorted(rows, row))
-        exact[place] = is_exact(answer.shown, side.questions[row].expected)
-        stopped[place] = answer.stopped
-    tokens = add_up(side.scores.tokens)
-    columns: dict[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64] | None]] = {
-        "loss": (add_up(side.scores.nll), tokens),
-        "token_accuracy": (add_up(side.scores.correct), tokens),
-        "exact_match": (exact, None),
-        "stopped": (stopped, None),
-    }
-    return RowFigures(tokens, columns)
-
-
-def _row_lines(
-    sides: Sequence[Side], rows: npt.NDArray[np.int64], columns: dict[int, dict[str, str]]
-) -> Iterator[dict[str, Any]]:
-    """A line for each document of the target, with what each model made of it."""
-    target = sides[0]
-    data = target.data
-    is_pairs = target.config.preference.rl is not None
-    of_rows = _figures(sides, rows)
-    names = data.datasets_of(rows)
-    first = {row: place for place, row in reversed(list(enumerate(target.rows.tolist())))}
-    ends = set(terminator_ids(target.tokenizer, target.config))
-    for number, row in enumerate(rows.tolist()):
-        index = int(target.documents[first[row]])
-        line: dict[str, Any] = {
-            "dataset": names[number],
-            "location": data.documents.location(index),
-            **({"by": columns[row]} if columns else {}),
-        }
-        if is_pairs:
-            line |= pair_texts(data.documents, index, target.tokenizer)
-        else:
-            question = question_of(data.documents, index, target.tokenizer, ends)
-            prompt = [] if question is None else question.prompt_ids
-            whole = data.documents[index].input_ids.tolist()
-            line["prompt"] = decode(target.tokenizer, prompt)
-            line["expected"] = decode(target.tokenizer, whole) if question is None else question.expected
-        for role, side, found in zip(("target", "compare"), sides, of_rows, strict=False):
-            if isinstance(side.scores, PairScores):
-                line[role] = pair_line(side.scores, number)
-            else:
-                line[role] = _model_line(side, found, number, row)
-        yield line
-
-
-def _model_line(side: Side, found: RowFigures, number: int, row: int) -> dict[str, Any]:
-    nll, correct, exact = (found.columns[name][0][number] for name in ("loss", "token_accuracy", "exact_match"))
-    line: dict[str, Any] = {
-        "loss": nll / found.tokens[number],
-        "tokens": int(found.tokens[number]),
-        "correct_tokens": int(correct),
-        "answer": None,
-    }
-    if (answer := side.answers.get(row)) is not None:
-        line |= {"answer": answer.text, "stopped": answer.stopped, "exact": bool(exact)}
-        line |= {"skipped": answer.skipped} if answer.skipped else {}
-    return line

@@ -29,6 +29,7 @@ def bootstrap(
     values: npt.ArrayLike,
     weights: npt.ArrayLike | None = None,
     *,
+    share: bool | None = None,
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> tuple[float, float]:
@@ -36,16 +37,17 @@ def bootstrap(
 
     Args:
         values: (N,) one sum for each row, for instance its negative log-likelihood. weights: (N,) what it is divided
-            by, for instance the row's trained tokens; None for 1 each, which makes the figure a mean.
+            by, for instance the row's trained tokens; None for 1 each, which makes the figure a mean. share:
+            whether the values count some of what the weights count; None: if there are no weights.
 
     Returns:
-        Lower and upper end; both NaN where there are no rows. Of rows without weights that are all 0 or all 1 every
-        draw is the same, which says nothing: for them it is the exact binomial interval (Clopper and Pearson 1934).
+        Lower and upper end; both NaN where there are no rows. Of shares that are all 0 or all 1 every draw is the
+        same, which says nothing: for them it is the exact binomial interval of rows (Clopper and Pearson 1934).
     """
     found = np.asarray(values, dtype=np.float64)
-    if weights is None and len(found) and found[0] in (0.0, 1.0) and (found == found[0]).all():
-        away = ((1 - LEVEL) / 2) ** (1 / len(found))
-        return (away, 1.0) if found[0] else (0.0, 1 - away)
+    share = weights is None if share is None else share
+    if share and (same := _all_alike(found, weights)) is not None:
+        return (_away(len(found)), 1.0) if same else (0.0, 1 - _away(len(found)))
     return _interval([found], [_ones_or(weights, found)], lambda figures: figures[0], seed, resamples)
 
 
@@ -55,23 +57,47 @@ def bootstrap_difference(
     weights: npt.ArrayLike | None = None,
     weights_after: npt.ArrayLike | None = None,
     *,
+    share: bool | None = None,
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> tuple[float, float]:
     """The 95% interval of the figure of `after` minus that of `before`, both of the same rows in the same order.
 
     Args:
-        before, after: (N,) as `values` of `bootstrap`. weights: (N,) of `before`. weights_after: (N,) of `after`,
-            the same as `weights` unless given (two tokenizers cut a row into different numbers of tokens).
+        before, after: (N,) as `values` of `bootstrap`; `share` as there. weights: (N,) of `before`. weights_after: (N,)
+            of `after`, the same as `weights` unless given (two tokenizers cut a row into different numbers of tokens).
+
+    Returns:
+        As `bootstrap`. Where shares are all 0 or all 1 under both, the difference is at least the lower end of how many
+        rows part, or at most the upper end of it.
     """
     old, new = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     if old.shape != new.shape:
         raise ValueError(f"a paired difference needs the same rows: {old.shape} and {new.shape}")
     old_weights = _ones_or(weights, old)
     new_weights = old_weights if weights_after is None else np.asarray(weights_after, dtype=np.float64)
+    share = weights is None if share is None else share
+    was, now = _all_alike(old, old_weights), _all_alike(new, new_weights)
+    if share and was is not None and now is not None:
+        away = _away(len(old))
+        return {0: (away - 1, 1 - away), 1: (away, 1.0), -1: (-1.0, -away)}[now - was]
     return _interval(
         [old, new], [old_weights, new_weights], lambda figures: figures[1] - figures[0], seed, resamples
     )
+
+
+def _all_alike(values: Floats, weights: npt.ArrayLike | None) -> int | None:
+    """0 or 1, if all rows are that."""
+    if not len(values):
+        return None
+    if not values.any():
+        return 0
+    return 1 if (values == _ones_or(weights, values)).all() else None
+
+
+def _away(rows: int) -> float:
+    """A share that so many rows, all of them right, are drawn from once in 40 times."""
+    return float(((1 - LEVEL) / 2) ** (1 / rows))
 
 
 def beyond_chance(interval: tuple[float, float], differing: int) -> bool:

@@ -79,7 +79,21 @@ def score_documents(
             kept[rows] = np.bincount(owner, values.double().cpu().numpy(), minlength=len(rows))
 
     in_passes(policy, dataset, device, score, tokens_per_pass=tokens_per_pass, on_done=on_done)
+    warn_of_infinite(dataset, nll)
     return DocumentScores(nll, correct, dataset.trained.astype(np.float64))
+
+
+def warn_of_infinite(dataset: TokenDataset, values: Floats) -> None:
+    """Say which documents (N,) have log-probs that are no numbers: what is a sum over them is none either."""
+    bad = np.flatnonzero(~np.isfinite(values))
+    if len(bad):
+        log.warning(
+            "%s: the model's log-probs are infinite or no numbers in %s of %s documents, so that there are no figures "
+            "over them; in fp16 large activations overflow: --dtype bf16 or fp32",
+            dataset.location(int(bad[0])),
+            f"{len(bad):,}",
+            f"{len(dataset):,}",
+        )
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from luthier.data.dataset import TokenDataset
 from luthier.data.loader import Batch
 from luthier.evaluate.figures import RowFigures
 from luthier.evaluate.intervals import Floats
-from luthier.evaluate.measure import in_passes
+from luthier.evaluate.measure import in_passes, warn_of_infinite
 from luthier.generate.text import decode
 from luthier.models.policy import Policy
 
@@ -53,6 +53,7 @@ def score_pairs(
             kept[rows] = values.double().cpu().numpy().reshape(-1, 2)
 
     in_passes(policy, dataset, device, score, tokens_per_pass=tokens_per_pass, on_done=on_done)
+    warn_of_infinite(dataset, found.logps.sum(1))
     return found
 
 

@@ -51,6 +51,40 @@ def results_folder(target: str, output: Path | None = None) -> Path:
     return run / FOLDER if own.resolve() == run.resolve() else run / FOLDER / own.name
 
 
+def ready(folder: Path) -> Path:
+    """The folder, which is there and can be written to: said before hours of work, and not after them.
+
+    Raises:
+        RunError: it cannot be.
+    """
+    probe = folder / f".partial-{os.getpid()}-probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    return folder
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder of the results, before anything is measured that would be lost.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise RunError(f"{folder}: cannot be written: name another folder with --output")
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> RunError:
+    return RunError(f"{folder}: cannot be written: {error.strerror or error}: name another folder with --output")
+
+
 def write_results(
     folder: Path,
     name: str,
@@ -87,7 +121,7 @@ def write_results(
             _write_whole(path.with_suffix(".jsonl"), lines)
         _write_whole(path, [json.dumps(described, indent=2, ensure_ascii=False) + "\n"])
     except OSError as error:
-        raise RunError(f"{folder}: cannot be written: {error.strerror or error}") from error
+        raise _unwritable(folder, error) from error
     return path, described
 
 

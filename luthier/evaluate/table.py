@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 NAMES = {
@@ -12,8 +12,13 @@ NAMES = {
     "exact_match": "exact match",
     "stopped": "ends by itself",
     "prefers_chosen": "prefers chosen",
+    "desirable_logp": "logp, good",
+    "undesirable_logp": "logp, bad",
+    "desirable_reward": "reward, good",
+    "undesirable_reward": "reward, bad",
     "reward_accuracy": "rewards right",
     "reward_margin": "reward margin",
+    "kl": "KL",
 }
 SHARES = ("token_accuracy", "exact_match", "stopped", "prefers_chosen", "reward_accuracy")
 # Figures that are shown by group; the others are in the JSON.
@@ -24,11 +29,14 @@ _WIDTH = 80
 _FIRST, _COLUMN, _DIFFERENCE = 14, 21, 24
 
 
-def lines_of(figures: dict[str, Any], target: str, compare: str | None) -> Iterator[str]:
+def lines_of(
+    figures: dict[str, Any], target: str, compare: str | None, *, by_group: Sequence[str] = BY_GROUP
+) -> Iterator[str]:
     """The whole table.
 
     Args:
-        figures: as `figures.all_figures` gives them. target, compare: what to call the models.
+        figures: as `figures.all_figures` gives them. target, compare: what to call the models. by_group: which figures
+            are shown by group as well.
     """
     names = [target] if compare is None else [compare, target]
     whole = figures["all"]
@@ -37,7 +45,7 @@ def lines_of(figures: dict[str, Any], target: str, compare: str | None) -> Itera
         if name in whole["target"]:
             yield _line(label, whole, name)
     for column, groups in figures["by"].items():
-        for name in BY_GROUP:
+        for name in by_group:
             if name in whole["target"]:
                 yield ""
                 yield from _groups(column, groups, name, names, compare is not None)
@@ -55,7 +63,9 @@ def sentences(difference: dict[str, Any], compare: str) -> Iterator[str]:
         if low is None or high is None:
             continue
         if not found["beyond_chance"]:
-            yield f"{NAMES[name]}: no difference beyond chance ({_amount(name, value, '+')}, {_span(name, low, high)})."
+            few = low > 0 or high < 0
+            what = "too few rows differ to tell it from chance" if few else "no difference beyond chance"
+            yield f"{NAMES[name]}: {what} ({_amount(name, value, '+')}, {_span(name, low, high)})."
             continue
         word = "better" if found["better"] else "worse"
         if name == "stopped":
@@ -90,8 +100,8 @@ def _head(title: str, names: list[str], paired: bool) -> str:
 def _line(label: str, group: dict[str, Any], name: str) -> str:
     cells = ""
     if "compare" in group:
-        cells += f"{_cell(name, group['compare'].get(name)):>{_COLUMN}}"
-    cells += f"{_cell(name, group['target'][name]):>{_COLUMN}}"
+        cells += f" {_cell(name, group['compare'].get(name)):>{_COLUMN - 1}}"
+    cells += f" {_cell(name, group['target'][name]):>{_COLUMN - 1}}"
     if found := group.get("difference", {}).get(name):
         cells += f"{_cell(name, found, '+') + ('*' if found['beyond_chance'] else ' '):>{_DIFFERENCE}}"
     # A long name has a line of its own.
@@ -112,7 +122,9 @@ def _number(name: str, value: float, sign: str = "") -> str:
     if name in SHARES:
         return f"{100 * value:{sign}.1f}"
     if name == "perplexity":
-        return f"{value:.3g}" if value < 1000 else f"{value:.1e}"
+        return f"{value:.3g}" if value < 999.5 else f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
+    if name.endswith("logp"):  # negative, and of any size: less room for decimals
+        return f"{value:{sign}.{2 if abs(value) < 10 else 1 if abs(value) < 100 else 0}f}"
     return f"{value:{sign}.3f}" if abs(value) < 10 else f"{value:{sign}.2f}"
 
 

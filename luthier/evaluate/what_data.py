@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.config import Config
-from luthier.config.datasets import TYPES
+from luthier.config.datasets import TYPES, DatasetEntry
 from luthier.config.entries import flaws
 from luthier.data.formats import columns_of
 from luthier.data.readers import open_rows
@@ -34,7 +34,8 @@ class Wanted:
     Attributes:
         config: whose `test_datasets`, `val_set_size` or `datasets` it is. run: that of the target, if it is a run.
         own: whether the run's settings (its chat template among them) are those of `config`.
-        name: of the result's files. described: for people.
+        name: of the result's files. described: for people. general: it is the general set, whose rows the config
+            does not name.
     """
 
     config: Config
@@ -42,12 +43,12 @@ class Wanted:
     own: bool
     name: str
     described: str
+    general: bool = False
 
 
 def what_data(target: str, data: Sequence[str], type: str | None) -> Wanted:
     """Raises ConfigError and DataError for what cannot be measured on."""
-    if target.startswith(("/", ".", "~")) and not Path(target).expanduser().exists():
-        raise ConfigError(f"{target}: there is no such folder")
+    must_exist(target)
     folder = run_folder(target)
     run = None if folder is None else Config.load(folder / RUN_CONFIG)
     configs = [name for name in data if name.endswith((".yml", ".yaml"))]
@@ -62,6 +63,15 @@ def what_data(target: str, data: Sequence[str], type: str | None) -> Wanted:
         wanted = _of_run(target, type, run)
     _check(wanted.config)
     return wanted
+
+
+def must_exist(target: str) -> None:
+    """Refuse what can only be a folder and is none, before the hub is asked for it."""
+    path = Path(target).expanduser()
+    first, *inside = target.split("/")
+    a_folder = target.startswith(("/", ".", "~")) or len(inside) > 1 or (inside and Path(first).is_dir())
+    if a_folder and not path.exists():
+        raise ConfigError(f"{target}: there is no such folder")
 
 
 def _of_run(target: str, type: str | None, run: Config | None) -> Wanted:
@@ -82,10 +92,22 @@ def _of_run(target: str, type: str | None, run: Config | None) -> Wanted:
 def _of_config(path: str, run: Config | None) -> Wanted:
     config = Config.load(path)
     data = config.data
-    trained = {} if run is None else {(entry.path, entry.split) for entry in run.data.datasets}
-    if not (data.test_datasets or data.val_set_size) and any((e.path, e.split) in trained for e in data.datasets):
-        log.warning("%s: the run was trained on these rows: how it does on others is not said by them", path)
+    if not data.val_set_size or data.test_datasets:
+        _warn_of_trained(data.test_datasets or data.datasets, run)
     return Wanted(config, run, False, Path(path).stem, path)
+
+
+def _warn_of_trained(entries: Sequence[DatasetEntry], run: Config | None) -> None:
+    """Say which of the data the run was trained on."""
+
+    def place(entry: DatasetEntry) -> tuple[str, str | None]:
+        path = Path(entry.path).expanduser()
+        return str(path.resolve()) if path.exists() else entry.path, entry.split
+
+    trained = set() if run is None else {place(entry) for entry in run.data.datasets}
+    for entry in entries:
+        if place(entry) in trained:
+            log.warning("%s: the run was trained on rows of it: how it does on others is not said by them", entry.path)
 
 
 def _of_files(target: str, data: Sequence[str], type: str | None, run: Config | None) -> Wanted:
@@ -113,6 +135,7 @@ def _of_files(target: str, data: Sequence[str], type: str | None, run: Config | 
     for entry in config.data.test_datasets:
         for _, message in flaws(entry, config.data.train_on_inputs, config.preference.rl):
             raise ConfigError(f"--data {entry.path}: {message}")
+    _warn_of_trained(config.data.test_datasets, run)
     return Wanted(config, run, True, name, shown)
 
 
@@ -131,12 +154,6 @@ def _check(config: Config) -> None:
     """What can be said of the rows before any is tokenised."""
     entries = config.data.test_datasets or config.data.datasets
     rl = config.preference.rl
-    if rl == "kto":
-        raise ConfigError(
-            "rl: kto: rows are single answers, good or not, and what is measured here is pairs, or one answer to each "
-            "prompt. The run's own log has its accuracy and rewards (eval_*); give --data and --type for rows of "
-            "prompts and answers"
-        )
     for entry in entries:
         _, row = next(iter(open_rows(entry).scan()), ("", None))
         if row is None:

@@ -8,8 +8,9 @@ from typing import Any
 
 from markupsafe import Markup
 
+from luthier.experiments.beside import evaluation_tables
 from luthier.experiments.charts import Chart, Series, line_chart, number, percent
-from luthier.experiments.evaluations import flat_figures, shown_number
+from luthier.experiments.forgetting import general_losses
 from luthier.experiments.outcomes import all_verdicts
 from luthier.experiments.run_files import Run
 from luthier.experiments.sections import Table, clipped, lede
@@ -21,7 +22,6 @@ COLOURS = 8
 _NOT_OF_THE_RUN = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint"}
 # What has to be the same for two eval losses to be of the same measure.
 _MEASURE = ("test_datasets", "val_set_size", "seed", "rl", "rl_beta", "dpo_loss_type", "sequence_len")
-MOST_FIGURES = 80
 _UNSET = "(not set)"
 
 
@@ -48,7 +48,7 @@ def comparison(runs: Sequence[Run]) -> dict[str, Any]:
         "config": differing,
         "config_cells": cells,
         "curves": curves(runs),
-        "evaluations": evaluation_table(runs),
+        "evaluations": evaluation_tables(runs),
     }
 
 
@@ -100,7 +100,8 @@ def figures_table(runs: Sequence[Run]) -> tuple[Table, list[list[tuple[str, bool
     losses = [_best_loss(run) for run in runs]
     lowest = min((loss[1] for loss in losses if loss), default=None) if comparable else None
     accuracies = [run.last("eval_rewards/accuracies") for run in runs]
-    for run, loss, accuracy in zip(runs, losses, accuracies, strict=True):
+    forgotten = [general_losses(run) for run in runs]
+    for run, loss, accuracy, general in zip(runs, losses, accuracies, forgotten, strict=True):
         speeds = sorted(value for _, value in run.points("tokens_per_second"))
         peak = run.summary.get("measured_peak_gib") or max((v for _, v in run.points("peak_memory_gib")), default=None)
         rows.append(
@@ -111,6 +112,7 @@ def figures_table(runs: Sequence[Run]) -> tuple[Table, list[list[tuple[str, bool
                 (_form(run.last("eval_loss"), ".4f"), False),
                 (_form(run.last("loss"), ".4f"), False),
                 *([(_form(accuracy, ".1%"), False)] if any(accuracies) else []),
+                *([(f"{general[0]:.4f} → {general[1]:.4f}" if general else "", False)] if any(forgotten) else []),
                 (f"{run.steps:,}", False),
                 (number(run.last("tokens") or 0), False),
                 (_form(run.summary.get("seconds") or run.last("seconds"), ",.0f"), False),
@@ -120,6 +122,7 @@ def figures_table(runs: Sequence[Run]) -> tuple[Table, list[list[tuple[str, bool
         )
     head = ["run", "best eval loss", "at step", "at the end", "training loss"]
     head += ["preferred as labelled"] if any(accuracies) else []
+    head += ["general set, loss"] if any(forgotten) else []
     head += ["steps", "tokens", "seconds", "tokens/s", "peak GiB"]
     return Table(head, [], numeric=frozenset(range(1, len(head)))), rows
 
@@ -152,25 +155,6 @@ def curves(runs: Sequence[Run]) -> list[Markup]:
         Chart("Peak memory, GiB", over("peak_memory_gib"), from_zero=True),
     ]
     return [drawn for chart in charts if (drawn := line_chart(chart))]
-
-
-def evaluation_table(runs: Sequence[Run]) -> list[Table]:
-    """Figures of evaluations that at least two of the runs have under the same name."""
-    tables = []
-    by_run = [{name: flat_figures(result) for name, result, _ in run.evaluations} for run in runs]
-    for name in dict.fromkeys(name for found in by_run for name in found):
-        there = [found[name] for found in by_run if name in found]
-        if len(there) < 2:
-            continue
-        keys = list(dict.fromkeys(key for found in there for key in found))
-        rows = []
-        for key in keys[:MOST_FIGURES]:
-            cells = [found.get(name, {}).get(key) for found in by_run]
-            rows.append([key.replace("_", " "), *("" if cell is None else shown_number(*cell) for cell in cells)])
-        notes = [f"{MOST_FIGURES} of {len(keys)} figures are shown."] if len(keys) > MOST_FIGURES else []
-        head = [name, *(run.label for run in runs)]
-        tables.append(Table(head, rows, numeric=frozenset(range(1, len(head))), notes=notes))
-    return tables
 
 
 def _best_loss(run: Run) -> tuple[float, float] | None:

@@ -13,24 +13,46 @@ from datetime import datetime
 from typing import Any
 
 from luthier.experiments.charts import number
-from luthier.experiments.run_files import Row, Run
-from luthier.experiments.sections import Table, base_name, clipped, short_path, without_shared_beginning
+from luthier.experiments.examples import examples_table
+from luthier.experiments.run_files import Row, Run, step_of
+from luthier.experiments.sections import Table, base_name, clipped, short_path
 
-KINDS = {"data": "Held-out data", "mmlu_pro": "MMLU-Pro", "judge": "A judge's choice", "harness": "Benchmarks"}
+KINDS = {
+    "data": "Held-out data",
+    "general": "The general set",
+    "mmlu_pro": "MMLU-Pro",
+    "judge": "A judge's choice",
+    "harness": "Benchmarks",
+}
+_ABOUT_GENERAL = (
+    "Short texts of several kinds that come with Luthier, each scored on its second part as plain text. It is a watch "
+    "for forgetting, and no benchmark: what counts is the change."
+)
+# Kinds that look at what a run was not trained for.
+BEYOND = ("general", "mmlu_pro", "harness")
 NAMES = {
     "loss": "loss",
     "perplexity": "perplexity",
     "token_accuracy": "tokens predicted right",
     "exact_match": "exactly right answers",
     "stopped": "answers that end by themselves",
+    "prefers_chosen": "pairs whose chosen answer is likelier",
+    "desirable_logp": "log-prob of desirable answers",
+    "undesirable_logp": "log-prob of undesirable answers",
+    "desirable_reward": "reward of desirable answers",
+    "undesirable_reward": "reward of undesirable answers",
+    "reward_accuracy": "rewards as labelled",
+    "reward_margin": "margin of rewards",
+    "kl": "divergence from the base, in nats",
+    "accuracy": "right answers",
+    "accuracy_with_guess": "right answers, with a guess for no answer",
+    "answered": "questions with an answer",
 }
 # A share is shown in percent.
-SHARES = ("accuracy", "match", "stopped", "share", "rate", "win", "consistent")
-MOST_EXAMPLES, MOST_GROUPS, MOST_LINES, DEEPEST = 8, 40, 60, 3
-# How what is asked, expected and answered may be called in rows.
-_PROMPT = ("prompt", "question", "instruction", "input")
-_EXPECTED = ("expected", "answer", "reference")
-_SIDES = (("compare", "target"), ("before", "after"), ("base", "tuned"), ("b", "a"))
+SHARES = ("accuracy", "match", "stopped", "answered", "prefers", "share", "rate", "win", "consistent")
+# Figures that are shown by group: the first of these that there is.
+BY_GROUP = ("accuracy", "exact_match", "token_accuracy", "loss", "reward_accuracy", "prefers_chosen", "desirable_logp")
+MOST_GROUPS, MOST_LINES, DEEPEST = 40, 60, 3
 
 
 @dataclass
@@ -45,13 +67,33 @@ class Shown:
     stale: bool = False
 
 
-def shown_evaluations(run: Run) -> list[Shown]:
-    return [_shown(run, name, result, rows) for name, result, rows in run.evaluations]
+def shown_evaluations(run: Run, *, beyond: bool = False) -> list[Shown]:
+    """Results on the data that a run is about, or those `beyond` it."""
+    return [
+        _shown(run, name, result, rows)
+        for name, result, rows in sorted((*run.evaluations, *run.parts), key=_is_opinion)
+        if (result.get("kind") in BEYOND) == beyond
+    ]
+
+
+def _is_opinion(found: tuple[str, Row, list[Row]]) -> bool:
+    """A judge's, which is shown after what was counted."""
+    return found[1].get("kind") == "judge"
 
 
 def flat_figures(result: Row) -> dict[str, tuple[str, Any]]:
     """All numbers of a result by their path, for setting runs side by side: name of the figure, and number."""
     return {" · ".join(path): (path[-1], value) for path, value in _leaves(result["figures"], ())}
+
+
+def title_of(name: str, result: Row) -> str:
+    """What a result of this name is called on a page."""
+    kind = str(result.get("kind", ""))
+    title = KINDS.get(kind, kind or "Evaluation")
+    if kind == "judge" and result.get("judge"):
+        return f"{title}: {result['judge']}"
+    title = title if name == kind else f"{title}: {name}"
+    return f"{title}, {own_model(result)}" if result.get("part") else title
 
 
 def shown_number(name: str, value: Any) -> str:
@@ -69,17 +111,21 @@ def _shown(run: Run, name: str, result: Row, rows: list[Row]) -> Shown:
         )
         if part
     )
-    title = KINDS.get(kind, kind or "Evaluation")
-    shown = Shown(title if name == kind else f"{title}: {name}", about, stale=is_stale(run, result))
-    if kind == "data" and isinstance(result["figures"].get("all"), dict):
+    shown = Shown(title_of(name, result), about, stale=is_stale(run, result))
+    if kind in ("data", "general") and isinstance(result["figures"].get("all"), dict):
         shown.tables = list(_data_tables(run, result))
-    elif kind == "mmlu_pro" and "accuracy" in result["figures"]:
-        shown.tables = [_mmlu_pro_table(result["figures"])]
+        shown.sentences = [_ABOUT_GENERAL] if kind == "general" else []
+    elif kind == "mmlu_pro" and isinstance(result["figures"].get("all"), dict):
+        shown.tables = [mmlu_pro_table(run, result)]
+    elif kind == "harness" and isinstance(result["figures"].get("tasks"), dict):
+        shown.tables = [harness_table(run, result)]
     elif kind == "judge" and "score" in result["figures"]:
         shown.tables = [_judge_table(run, result)]
     else:
         shown.tables = list(_any_tables(result["figures"]))
-    shown.examples = _examples(run, result, rows)
+    shown.examples = examples_table(
+        rows, other_model(run, result), own_model(result), judged=result.get("kind") == "judge"
+    )
     return shown
 
 
@@ -87,7 +133,7 @@ def _data_tables(run: Run, result: Row) -> Iterator[Table]:
     figures = result["figures"]
     whole = figures["all"]
     sides = ["compare", "target"] if "compare" in whole else ["target"]
-    names = [other_model(run, result) if side == "compare" else "this run" for side in sides]
+    names = [other_model(run, result) if side == "compare" else own_model(result) for side in sides]
     head = ["", *names, *(["difference"] if "compare" in sides else [])]
     numeric = frozenset(range(1, len(head)))
     rows = []
@@ -97,7 +143,7 @@ def _data_tables(run: Run, result: Row) -> Iterator[Table]:
     caption = f"{whole.get('rows', 0):,} rows" + (f", {asked:,} of them asked for their answers" if asked else "")
     yield Table(head, rows, caption, numeric, ["Beside each figure its 95% interval."])
     for column, groups in mapping(figures.get("by")).items():
-        for figure in ("exact_match", "token_accuracy", "loss"):
+        for figure in ("loss",) if result.get("kind") == "general" else BY_GROUP:
             if figure not in mapping(whole.get("target")):
                 continue
             body = [
@@ -121,34 +167,97 @@ def _sides(figure: str, group: Row, sides: list[str]) -> list[str]:
     return cells
 
 
-def _mmlu_pro_table(figures: Row) -> Table:
-    def row(label: str, found: Row) -> list[str]:
-        value, interval = found.get("accuracy"), found.get("interval")
-        ends = dict(zip(("low", "high"), interval, strict=False)) if isinstance(interval, list) else {}
-        return [
-            label,
-            _cell("questions", found.get("questions")),
-            _cell("accuracy", {"value": value, **ends}),
-            _cell("accuracy", found.get("accuracy_with_guess")),
-            _cell("questions", found.get("no_answer")),
-        ]
+def mmlu_pro_table(run: Run, result: Row) -> Table:
+    """Right answers by category and over all of them; with another model, of both and their difference in words."""
+    figures, settings = result["figures"], mapping(result.get("settings"))
+    whole = mapping(figures["all"])
+    paired = bool(mapping(whole.get("compare")))
+    groups = {str(name): mapping(group) for name, group in mapping(mapping(figures.get("by")).get("category")).items()}
+    rows = []
+    for label, group in [*(groups.items() if len(groups) > 1 else ()), ("all", whole)]:
+        row = [next(iter(groups)) if len(groups) == 1 else label, _cell("count", group.get("rows"))]
+        row += [_cell("accuracy", mapping(group.get(side)).get("accuracy")) for side in _roles(paired)]
+        if paired:
+            row.append(difference_in_words("accuracy", mapping(mapping(group.get("difference")).get("accuracy"))))
+        else:
+            guessed = mapping(mapping(group.get("target")).get("accuracy_with_guess")).get("value")
+            row += [_cell("accuracy", guessed), _cell("count", _no_answer(group, "target"))]
+        rows.append(row)
+    notes = ["Beside each share of right answers its 95% interval; a question without an answer is wrong."]
+    if settings.get("mode") == "loglik":
+        notes.append("The likeliest letter, without reasoning: another measure than that of published accuracies.")
+    if not paired:
+        head = ["category", "questions", "right", "right, with a guess for no answer", "no answer"]
+        return Table(head, rows, numeric=frozenset(range(1, 5)), notes=notes)
+    other, own = other_model(run, result), own_model(result)
+    notes.append(f"No answer: {_no_answer(whole, 'compare')} of {other}, {_no_answer(whole, 'target')} of {own}.")
+    return Table(["category", "questions", other, own, "difference"], rows, numeric=frozenset({1, 2, 3}), notes=notes)
 
-    rows = [row(str(name), mapping(found)) for name, found in mapping(figures.get("categories")).items()]
-    rows = [*rows, row("all", figures)] if len(rows) > 1 else rows or [row("all", figures)]
-    head = ("category", "questions", "right", "right, with a guess for no answer", "no answer")
-    notes = ["Beside the share of right answers its 95% interval."]
-    return Table(head, rows, numeric=frozenset(range(1, 5)), notes=notes)
+
+def _no_answer(group: Row, side: str) -> Any:
+    return mapping(mapping(group.get("counts")).get(side)).get("no_answer")
+
+
+def harness_table(run: Run, result: Row) -> Table:
+    """Every metric of every task; with another model, of both and their difference in words."""
+    paired = bool(result.get("compare"))
+    rows = []
+    for task, found in mapping(result["figures"]["tasks"]).items():
+        group = mapping(found)
+        shots = group.get("shots")
+        asked = [f"{group['questions']:,} questions"] if group.get("questions") else []
+        asked += [f"{shots} examples"] if shots else []
+        label = f"{task} ({', '.join(asked)})" if asked else str(task)
+        for metric in mapping(group.get("target")):
+            name = figure_of(metric)
+            row = [label, metric.replace("_", " ")]
+            row += [_cell(name, mapping(group.get(side)).get(metric)) for side in _roles(paired)]
+            if paired:
+                row.append(difference_in_words(name, mapping(mapping(group.get("difference")).get(metric))))
+            rows.append(row)
+            label = ""
+    models = [other_model(run, result), own_model(result)] if paired else [own_model(result)]
+    head = ["task", "metric", *models, *(["difference"] if paired else [])]
+    numeric = frozenset(range(2, 2 + len(models)))
+    return Table(head, rows[:MOST_LINES], "", numeric, ["Beside each figure its 95% interval.", *_cut(len(rows))])
+
+
+def figure_of(metric: str) -> str:
+    """What a metric of the harness is called here, where accuracies have their whole name."""
+    return "accuracy" if metric.split(",")[0] in ("acc", "acc_norm") else metric
+
+
+def _roles(paired: bool) -> tuple[str, ...]:
+    return ("compare", "target") if paired else ("target",)
+
+
+def difference_in_words(figure: str, difference: Row) -> str:
+    """Better or worse and by how much; nothing where there is no difference to speak of."""
+    if difference.get("value") is None:
+        return "–"
+    good, signed = is_better(figure, difference), _cell(figure, difference, "+")
+    if good is None:
+        return f"no telling: {signed}"
+    ends = [end for name in ("low", "high") if (end := difference.get(name)) is not None]
+    if len(ends) < 2 or ends[0] * ends[1] < 0:
+        return f"{'better' if good else 'worse'}: {signed}"
+    low, high = sorted(abs(end) for end in ends)
+    found = {"value": abs(difference["value"]), "low": low, "high": high}
+    return f"{'better' if good else 'worse'} by {_cell(figure, found, '+').replace('+', '')}"
 
 
 def _judge_table(run: Run, result: Row) -> Table:
     figures, other = result["figures"], other_model(run, result)
     rows = []
-    for name, label in (("wins", "this run's answer is better"), ("ties", "as good"), ("losses", f"{other} is better")):
+    own = own_model(result)
+    for name, label in (("wins", f"{own}'s answer is better"), ("ties", "as good"), ("losses", f"{other} is better")):
         found = mapping(figures.get(name))
         ends = found.get("interval")
         share = {"value": found.get("share"), **dict(zip(("low", "high"), ends or (), strict=False))}
         rows.append([label, _cell("count", found.get("count")), _cell("share", share)])
-    told = [f"Judge: {result['judge']}."] if result.get("judge") else []
+    told = []
+    if result.get("self_judging"):
+        told.append("The judge is one of the two, or of their family: models prefer their own answers.")
     for name, words in (
         ("flips", "pairs were decided by the order they were shown in"),
         ("wavered", "pairs were a tie in one order only"),
@@ -183,50 +292,10 @@ def _cut(rows: int) -> list[str]:
     return [f"{MOST_LINES} of {rows:,} rows are shown."] if rows > MOST_LINES else []
 
 
-def _examples(run: Run, result: Row, rows: list[Row]) -> Table | None:
-    """A few rows with what was answered: those first whose answers differ."""
-    found = []
-    for row in rows:
-        prompt = next((str(row[name]) for name in _PROMPT if isinstance(row.get(name), str)), "")
-        roles = next((names for names in _SIDES if all(_answer(row.get(name)) is not None for name in names)), None)
-        if roles is None and _answer(row.get("target")) is not None:
-            roles = ("", "target")
-        if not prompt or roles is None:
-            continue
-        expected = next((str(row[name]) for name in _EXPECTED if isinstance(row.get(name), str)), "")
-        answers = [_answer(row[role]) or "" for role in roles if role]
-        found.append((prompt, expected, answers))
-    if not found:
-        return None
-    changed = [each for each in found if len(set(each[2])) > 1] or found
-    shown = [changed[place * len(changed) // MOST_EXAMPLES] for place in range(MOST_EXAMPLES)]
-    shown = list({id(each): each for each in shown}.values()) if len(changed) >= MOST_EXAMPLES else changed
-    expects = any(expected for _, expected, _ in shown)
-    body = []
-    names = without_shared_beginning([prompt for prompt, _, _ in shown])
-    for name, (_, expected, answers) in zip(names, shown, strict=True):
-        cells = [(name, "prompt")] + ([(clipped(expected), "expected")] if expects else [])
-        cells += [(clipped(a), "right" if expected and a.strip() == expected.strip() else "ended") for a in answers]
-        body.append(cells)
-    two = len(shown[0][2]) == 2
-    sides = [other_model(run, result), "this run"] if two else ["this run"]
-    which = "Rows whose answers differ" if two and changed is not found else "Some of the rows"
-    return Table(["question", *(["expected"] if expects else []), *sides], body, which)
-
-
 def _described(result: Row) -> str:
     """On what a result was measured."""
     found = result.get("data") or mapping(result.get("settings")).get("data") or result.get("prompts")
     return short_path(found) if isinstance(found, str) and "\n" not in found and "/" in found else str(found or "")
-
-
-def _answer(value: Any) -> str | None:
-    """What a model said: a text, or a mapping that has one."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, dict):
-        return None
-    return next((value[name] for name in ("text", "answer", "output") if isinstance(value.get(name), str)), None)
 
 
 def other_model(run: Run, result: Row) -> str:
@@ -236,8 +305,17 @@ def other_model(run: Run, result: Row) -> str:
     return "its base" if is_base else short_path(other) or base_name(run)
 
 
+def own_model(result: Row) -> str:
+    """What to call the model that a result is of: the run, or which part of it."""
+    part = str(result.get("part") or "")
+    step = step_of(part)
+    return f"step {step:,}" if step is not None else f"the {part} model" if part else "this run"
+
+
 def is_stale(run: Run, result: Row) -> bool:
-    """Made before the run's training went on to where it is now."""
+    """Made before the run's training went on to where it is now. A checkpoint stays what it is."""
+    if step_of(str(result.get("part") or "")) is not None:
+        return False
     try:
         made, ended = (datetime.fromisoformat(str(each)) for each in (result["created"], run.summary["finished"]))
         return made < ended
@@ -295,7 +373,9 @@ def shown_figure(name: str, value: float, sign: str = "") -> str:
         return f"{100 * value:{sign}.1f}" + ("" if sign else "%")
     if name == "perplexity":
         return f"{value:.3g}"
-    return f"{value:{sign}.4f}" if abs(value) < 10 else (sign if value > 0 else "") + number(value)
+    if abs(value) < 100:
+        return f"{value:{sign}.{4 if abs(value) < 10 else 2}f}"
+    return (sign if value > 0 else "") + number(value)
 
 
 def _is_share(name: str) -> bool:

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from luthier.experiments.evaluations import NAMES, is_better, is_stale, mapping, other_model, shown_figure
+from luthier.experiments.evaluations import (
+    BEYOND,
+    NAMES,
+    is_better,
+    is_stale,
+    mapping,
+    other_model,
+    shown_figure,
+)
+from luthier.experiments.forgetting import forgetting
 from luthier.experiments.run_files import Row, Run
 from luthier.experiments.verdict import BAD, GOOD, OPEN, Verdict, verdicts
 
 # Figures in words, the most telling first; and how many of those that got better.
-TELLING, MOST_BETTER = ("exact_match", "token_accuracy", "loss"), 2
+TELLING = ("exact_match", "token_accuracy", "prefers_chosen", "desirable_logp", "undesirable_logp", "loss", "stopped")
+MOST_BETTER = 2
 
 
 def against_base(run: Run) -> list[Verdict]:
@@ -24,7 +34,8 @@ def against_base(run: Run) -> list[Verdict]:
             if difference and was is not None and now is not None:
                 text = f"{NAMES[figure]} {shown_figure(figure, was)} → {shown_figure(figure, now)}"
                 said[is_better(figure, difference)].append(text)
-        found.setdefault(other_model(run, result), []).append((name, said))
+        if any(said.values()):
+            found.setdefault(other_model(run, result), []).append((name, said))
     return [
         *(_compared_verdict(other, said) for other, said in found.items()),
         *(verdict for _, result, _ in run.evaluations if (verdict := _judged(run, result))),
@@ -43,14 +54,16 @@ def endings_against_base(run: Run) -> str:
 
 def all_verdicts(run: Run) -> list[Verdict]:
     """All that there is to say of a run."""
-    return verdicts(run, against_base(run), endings_against_base(run))
+    return verdicts(run, against_base(run), endings_against_base(run), [forgetting(run)])
 
 
 def _compared(run: Run) -> Iterator[tuple[str, Row, Row]]:
-    """Evaluations of the run as it is with another model beside it: name, result, figures over all rows."""
+    """Evaluations of the run as it is, on what it is about, with another model beside it: name, result, and figures
+    over all rows."""
     for name, result, _ in run.evaluations:
         whole = mapping(result["figures"].get("all"))
-        if result.get("compare") and mapping(whole.get("difference")) and not is_stale(run, result):
+        about_it = result.get("kind") not in BEYOND and not is_stale(run, result)
+        if about_it and result.get("compare") and mapping(whole.get("difference")):
             yield name, result, whole
 
 

@@ -6,6 +6,7 @@ from a model is text, and is escaped as such.
 
 from __future__ import annotations
 
+import logging
 import os
 from functools import cache
 from pathlib import Path
@@ -20,9 +21,12 @@ from luthier.errors import ConfigError, RunError
 from luthier.experiments import given, sections
 from luthier.experiments.compare import best_in_words, comparison
 from luthier.experiments.evaluations import shown_evaluations
+from luthier.experiments.forgetting import endings_table
 from luthier.experiments.outcomes import all_verdicts
 from luthier.experiments.run_files import Run, read_run
 from luthier.experiments.verdict import headline
+
+log = logging.getLogger("luthier")
 
 REPORT = "report.html"
 COMPARISON = "comparison.html"
@@ -63,6 +67,16 @@ def write_report(folder: Path) -> Path:
     return path
 
 
+def draw_report(folder: Path) -> bool:
+    """`write_report` at the end of something that is worth more than its page: a failure is said, and no error."""
+    try:
+        write_report(folder)
+    except Exception as error:  # whatever it is: `luthier report` can be called again
+        log.warning("no report was made: %s: %s; `luthier report %s` tries again", type(error).__name__, error, folder)
+        return False
+    return True
+
+
 def run_page(run: Run) -> str:
     """The page of one run."""
     found = all_verdicts(run)
@@ -78,6 +92,8 @@ def run_page(run: Run) -> str:
         curves=drawn,
         evaluation_table=sections.evaluation_table(run),
         evaluations=shown_evaluations(run),
+        beyond=shown_evaluations(run, beyond=True),
+        endings=endings_table(run),
         samples=sections.sample_table(run),
         sources=given.data_sources(run),
         drops=given.data_drops(run),

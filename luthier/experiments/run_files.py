@@ -24,6 +24,8 @@ Points = list[tuple[float, float]]
 
 CONFIG, METRICS, SAMPLES, NOTES = "config.yaml", "metrics.jsonl", "samples.jsonl", "notes.jsonl"
 SUMMARY, ENVIRONMENT, EVALUATION = "summary.json", "environment.json", "evaluation"
+# Parts of a run that may have been measured by themselves.
+CHECKPOINT, MERGED = "checkpoint-", "merged"
 
 # Answers of an evaluation that are read for its table of examples.
 MOST_ROWS = 400
@@ -49,7 +51,9 @@ class Run:
     Attributes:
         label: how the run is called on a page. config: flat keys. lines: those of `config.yaml`, by section.
         metrics: training rows, evaluation rows and shares of samples, in the order of steps.
-        summary: what the run came to; empty until it ends. evaluations: (name, result, example rows).
+        summary: what the run came to; empty until it ends. evaluations: (name, result, example rows) of the run as it
+            ended. parts: the same of its checkpoints, by step, and of its merged model; `part` in the result says of
+            which.
     """
 
     folder: Path
@@ -62,6 +66,7 @@ class Run:
     summary: Row = field(default_factory=dict)
     environment: Row = field(default_factory=dict)
     evaluations: list[tuple[str, Row, list[Row]]] = field(default_factory=list)
+    parts: list[tuple[str, Row, list[Row]]] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:
@@ -142,6 +147,7 @@ def read_run(path: str | Path) -> Run:
         summary=_object(folder / SUMMARY),
         environment=_object(folder / ENVIRONMENT),
         evaluations=list(_evaluations(folder / EVALUATION)),
+        parts=list(_of_parts(folder / EVALUATION)),
     )
 
 
@@ -168,6 +174,20 @@ def _evaluations(folder: Path) -> Iterator[tuple[str, Row, list[Row]]]:
         name = result.get("rows")
         rows = list(_objects(folder / Path(name).name)) if isinstance(name, str) else []
         yield path.stem, result, rows
+
+
+def _of_parts(folder: Path) -> Iterator[tuple[str, Row, list[Row]]]:
+    """Results of checkpoints and of the merged model, each in a folder of the part's name."""
+    found = [path for path in folder.glob("*") if path.is_dir() and (step_of(path.name) or path.name == MERGED)]
+    for path in sorted(found, key=lambda path: step_of(path.name) or math.inf):
+        for name, result, rows in _evaluations(path):
+            yield name, {**result, "part": path.name}, rows
+
+
+def step_of(part: str) -> int | None:
+    """The step of a checkpoint, by its folder's name."""
+    number = part.removeprefix(CHECKPOINT)
+    return int(number) if number != part and number.isdecimal() else None
 
 
 def _rows(path: Path) -> Iterator[Row]:

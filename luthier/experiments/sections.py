@@ -20,7 +20,7 @@ from luthier.experiments.run_files import Row, Run
 from luthier.experiments.verdict import overfitting, train_loss_between
 
 # What is shown of a text, of the steps of samples, of prompts, and of evaluations in numbers.
-MOST_TEXT, MOST_STEPS, MOST_PROMPTS, MOST_EVALUATIONS = 600, 8, 12, 60
+MOST_TEXT, MOST_STEPS, MOST_PROMPTS, MOST_EVALUATIONS = 600, 7, 12, 60
 # Characters of a prompt that are shown; one with fewer than the second is shown whole.
 MOST_PROMPT, SHORT_PROMPT = 300, 100
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -75,13 +75,18 @@ def lede(run: Run) -> str:
     text += f", trained{how} on {what}{_listed(names)}"
     epochs = run.epoch_of(run.steps)
     if run.steps:
-        text += f", for {run.steps:,} steps" + (f" ({epochs:.3g} epochs)" if epochs else "")
+        text += f", for {run.steps:,} steps" + (f" ({_epochs(epochs)})" if epochs else "")
     seconds = run.summary.get("seconds") or run.last("seconds")
     text += f", in {duration(seconds)}" if seconds else ""
     text += f" on {machine(run)}." if machine(run) else "."
     if run.finished and run.total_steps and run.steps < run.total_steps:
         text += f" It stopped early, before step {run.total_steps:,}."
     return text
+
+
+def _epochs(count: float) -> str:
+    number = f"{count:.3g}"
+    return f"{number} epoch{'' if number == '1' else 's'}"
 
 
 def duration(seconds: float) -> str:
@@ -216,7 +221,7 @@ def sample_table(run: Run) -> tuple[Table, list[list[Any]]] | None:
     steps = sorted({row["step"] for row in run.samples})
     shown = _evenly(steps, MOST_STEPS)
     prompts = list(by_prompt)[:MOST_PROMPTS]
-    names = without_shared_beginning(prompts)
+    names = without_template(prompts)
     expects = any(row.get("expected") for row in run.samples)
     rows = []
     for prompt, name in zip(prompts, names, strict=True):
@@ -237,10 +242,16 @@ def _sample_cell(row: Row | None) -> tuple[str, str]:
         return "", "none"
     if row.get("skipped"):
         return str(row["skipped"]), "skipped"
-    text, expected = clipped(str(row.get("text", ""))), row.get("expected")
+    text, expected = str(row.get("text", "")).strip(), row.get("expected")
     if not row.get("stopped"):
-        return text, "cut"
-    return text, "right" if expected and str(row.get("text", "")).strip() == str(expected).strip() else "ended"
+        return clipped(text), "cut"
+    return answer_cell(text, str(expected or ""))
+
+
+def answer_cell(text: str, expected: str) -> tuple[str, str]:
+    """An answer that has ended, and its state: right, empty, or neither."""
+    text, expected = text.strip(), expected.strip()
+    return clipped(text), "right" if expected and text == expected else "ended" if text else "empty"
 
 
 def machine(run: Run) -> str:
@@ -260,20 +271,32 @@ def clipped(text: str, most: int = MOST_TEXT) -> str:
     return text if len(text) <= most else text[:most].rstrip() + " …"
 
 
-def without_shared_beginning(prompts: Sequence[str]) -> list[str]:
-    """Prompts as they are shown: a long beginning that one has in common with another, a template mostly, is cut off,
-    and of what is long still, the beginning.
+def without_template(prompts: Sequence[str]) -> list[str]:
+    """Prompts as they are shown: a long beginning that one has in common with another, and the lines that they end with
+    alike, a template mostly, are cut off; and of what is long still, the beginning.
 
-    Prompts that share more than a template share the template with others too: the least that is long counts.
+    Prompts that share more than a template share the template with others too: the least that counts is the template.
     """
     found = []
     for place, prompt in enumerate(prompts):
-        others = (commonprefix([prompt, other]) for other in (*prompts[:place], *prompts[place + 1 :]))  # noqa: RUF071
-        shared = min((each for each in others if SHORT_PROMPT < len(each) < len(prompt)), key=len, default="")
-        start = max(shared.rfind(" "), shared.rfind("\n")) + 1  # not within a word
-        start = max(start, len(prompt) - MOST_PROMPT)
-        found.append(prompt.strip() if start <= 0 else "… " + prompt[start:].strip())
+        others = [*prompts[:place], *prompts[place + 1 :]]
+        beginnings = (commonprefix([prompt, other]) for other in others)  # noqa: RUF071
+        shared = min((each for each in beginnings if SHORT_PROMPT < len(each) < len(prompt)), key=len, default="")
+        line, word = shared.rfind("\n") + 1, shared.rfind(" ") + 1
+        start = line if line > SHORT_PROMPT else max(line, word)  # not within a line, if it need not be, nor a word
+        # Only of what has a beginning in common: what people type ends alike by chance.
+        endings = (_common_lines(prompt, other) for other in others if start and other.startswith(prompt[:start]))
+        body = prompt[start:].removesuffix(min(endings, key=len, default=""))
+        body = body if len(body) <= MOST_PROMPT else body[-MOST_PROMPT:]
+        found.append(body.strip() if len(body) == len(prompt) else "… " + body.strip())
     return found
+
+
+def _common_lines(one: str, other: str) -> str:
+    """The whole lines that two texts end with, from a line break on."""
+    shared = commonprefix([one[::-1], other[::-1]])[::-1]  # noqa: RUF071
+    place = shared.find("\n")
+    return shared[place:] if place >= 0 else ""
 
 
 def _evenly(values: Sequence[Any], most: int) -> list[Any]:

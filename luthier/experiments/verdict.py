@@ -7,6 +7,7 @@ its best, while training loss went on falling. Training loss at an evaluation is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import isfinite
@@ -85,8 +86,11 @@ def train_loss_between(run: Run) -> Points:
     return means
 
 
-def verdicts(run: Run, against_base: list[Verdict], endings: str = "") -> list[Verdict]:
-    """All there is to say of a run. `against_base`, `endings`: what its evaluations say of both."""
+def verdicts(
+    run: Run, against_base: list[Verdict], endings: str = "", beyond: Sequence[Verdict] = ()
+) -> list[Verdict]:
+    """All there is to say of a run. `against_base`, `endings`, `beyond`: what its evaluations say of its base, of its
+    answers' ends, and of what it was not trained for."""
     found = [_learned(run), _overfitted(run)]
     found += against_base or [
         Verdict(
@@ -95,6 +99,7 @@ def verdicts(run: Run, against_base: list[Verdict], endings: str = "") -> list[V
             OPEN,
         )
     ]
+    found += beyond
     if ended := _endings(run, endings):
         found.append(ended)
     return found
@@ -106,13 +111,15 @@ def headline(run: Run, found: list[Verdict]) -> str:
     bad = " and ".join(verdict.short for verdict in found if verdict.short and verdict.mood == BAD)
     if not run.metrics:
         return "Nothing has been logged yet."
-    if not good and not bad:
-        return "It is too early to tell." if not run.finished else "The run ended; too little was measured to judge it."
-    text = f"{good}, but {bad}" if good and bad else good or bad
     progress = ""
     if not run.finished:
         of = f" of {run.total_steps:,}" if run.total_steps else ""
         progress = f" Unfinished: step {run.steps:,}{of}."
+    if not good and not bad:
+        if run.finished:
+            return "The run ended; too little was measured to judge it."
+        return f"It is too early to tell.{progress}"
+    text = f"{good}, but {bad}" if good and bad else good or bad
     return f"It {text}.{progress}"
 
 

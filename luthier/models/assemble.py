@@ -170,7 +170,7 @@ def open_for_inference(
     quantised base stays beside it.
 
     Returns:
-        The model in eval mode, its tokenizer, and the config of the run if the folder is one.
+        The model in eval mode, its tokenizer, and the config of the run if the folder is one, or a run's checkpoint.
 
     Raises:
         ModelError: nothing loadable there.
@@ -206,15 +206,20 @@ def open_base(
     run: Config,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    adapter: str | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """The base model of a run as it was before: stored as in the run, with room for the tokens that the run added (each
-    the mean of the others), without an adapter."""
+    the mean of the others), without an adapter unless one is given."""
     device = device or choose_device(run.model.device_map)
     model = load_model(run, tokenizer, device, dtype or choose_dtype(run, device))
+    if adapter is not None:
+        adapter_files.load_adapter(model, adapter, adapter_files.adapter_settings(adapter))
     if quantize.is_quantized(model):
         quantize.take_over(model)
+    elif adapter is not None:
+        adapter_files.merge_into_base(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model.eval()
@@ -233,13 +238,15 @@ class _Found(NamedTuple):
 def _find(path: str) -> _Found:
     folder = Path(path).expanduser()
     config = None
-    if (folder / RUN_CONFIG).is_file():
-        config = Config.load(folder / RUN_CONFIG)
+    # A checkpoint is loaded as its run's last state is: on the base as it was stored in training.
+    of_run = folder.resolve().parent if folder.name.startswith("checkpoint-") else folder
+    if (of_run / RUN_CONFIG).is_file():
+        config = Config.load(of_run / RUN_CONFIG)
     source = folder if folder.is_dir() else None
     is_adapter = source is not None and (source / adapter_files.CONFIG).is_file()
     if (
         source is not None
-        and config is not None
+        and (source / RUN_CONFIG).is_file()
         and not is_adapter
         and not (source / "config.json").is_file()
     ):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from luthier.config import Config
 from luthier.errors import RunError
-from luthier.experiments.report import write_report
+from luthier.experiments.report import draw_report
 from luthier.plan.measured import Peak
 from luthier.train import checkpoint
 from luthier.train.artifacts import plot_losses, write_model_card
@@ -20,8 +21,6 @@ from luthier.train.files import write_json_atomic
 from luthier.train.folder import SUMMARY, publish
 from luthier.train.metrics import Recorder, overfitting_since
 from luthier.train.optim import Masters
-
-log = logging.getLogger("luthier")
 
 
 @dataclass(frozen=True)
@@ -48,11 +47,13 @@ def finish(
     recorder: Recorder,
     examples: int,
     peak: Peak | None = None,
+    measure_general: Callable[[], None] | None = None,
 ) -> RunResult:
     """The result at the top of the run folder: adapter or model, tokenizer, card, plot, summary, report.
 
     Args:
-        peak: memory as it was predicted and measured, where both are known.
+        peak: memory as it was predicted and measured, where both are known. measure_general: measures what was not
+            trained for, with the weights that are kept.
     """
     kept = state.step
     if config.output.load_best_model_at_end and state.best_step is not None and state.best_step != state.step:
@@ -91,7 +92,9 @@ def finish(
     except OSError as error:
         last = checkpoint.latest(folder)
         raise RunError(f"{folder}: the result cannot be written: {error}; it is whole in {last}") from error
-    _draw_report(folder)
+    if measure_general is not None:  # after the summary: what is older than that is of an earlier training
+        measure_general()
+    draw_report(folder)
     what = "adapter" if config.adapter.adapter else "model"
     recorder.say(
         f"done: {state.step} steps, {state.trained_tokens:,} trained tokens; the {what} is in {folder}"
@@ -99,11 +102,21 @@ def finish(
     return RunResult(folder, True, state, summary)
 
 
-def _draw_report(folder: Path) -> None:
+def stop(folder: Path, state: State) -> RunResult:
+    """The end that a signal made: nothing is put at the top of the folder, but what there is of it is on a page."""
+    draw_report(folder)
+    return RunResult(folder, False, state)
+
+
+@contextmanager
+def report_of_a_failure(folder: Path | None) -> Iterator[None]:
+    """A run that ends by an error has its curves up to there on a page too (None: on no page); the error goes on."""
     try:
-        write_report(folder)
-    except Exception as error:  # whatever it is: the run has ended, and `luthier report` can be called again
-        log.warning("no report was made: %s: %s; `luthier report %s` tries again", type(error).__name__, error, folder)
+        yield
+    except RunError:
+        if folder is not None:
+            draw_report(folder)
+        raise
 
 
 def last_loss(folder: Path) -> float | None:

@@ -21,6 +21,8 @@ log = logging.getLogger("luthier")
 CONFIG = "config.yaml"
 # Tokens of a pass that a run which ended out of memory has to go on with (`train.passes`).
 SMALLER_PASSES = "smaller_passes.json"
+# The general set before the first step (`train.forgetting`).
+GENERAL_BEFORE = "general_before.json"
 # What a run came to: there once it has ended, and gone while it goes on.
 SUMMARY = "summary.json"
 
@@ -28,6 +30,7 @@ SUMMARY = "summary.json"
 _OWN = (
     CONFIG,
     SMALLER_PASSES,
+    GENERAL_BEFORE,
     "metrics.jsonl",
     "samples.jsonl",
     "notes.jsonl",

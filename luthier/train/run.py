@@ -52,8 +52,9 @@ from luthier.train.checkpoint import Checkpoints, State
 from luthier.train.distributed import Processes
 from luthier.train.evaluators import evaluation, sampling
 from luthier.train.files import write_text_atomic
-from luthier.train.finish import RunResult, finish
+from luthier.train.finish import RunResult, finish, report_of_a_failure, stop
 from luthier.train.folder import CONFIG, SUMMARY, RunFolder, shared_folder
+from luthier.train.forgetting import before_training
 from luthier.train.interrupt import Interrupt, terminated_with_a_message
 from luthier.train.intervals import build_plan
 from luthier.train.loop import OutOfMemory, fit
@@ -208,9 +209,14 @@ def _train(
 
     watch_figures = None if tuning is None else watch_of(config, loader, data.validation, total_steps, state)
 
+    measure_general = None
+    if processes.main:
+        measure_general = before_training(config, tokenizer, policy, loader, total_steps, opened, state, device)
+
     # 4. Train, to the end or to a signal, and put the result at the top of the folder.
     with (
         Interrupt() as interrupt,
+        report_of_a_failure(folder if processes.main else None),
         _recorder(folder, total_steps, state, trackers, processes, watch_figures) as recorder,
         _remembered_if_out_of_memory(folder, config, processes),
     ):
@@ -243,12 +249,12 @@ def _train(
                 f"stopped by {by} after step {state.step} of {total_steps}; saved. "
                 f"Go on with the same command and --resume_from_checkpoint auto"
             )
-            return RunResult(folder, False, state)
+            return stop(folder, state) if processes.main else RunResult(folder, False, state)
     if not processes.main:
         return RunResult(folder, True, state)
     with masters.looked_at(optimizer):
         peak = watch.peak(recomputation.modes)
-        return finish(config, folder, state, checkpoints, masters, recorder, len(data.train), peak)
+        return finish(config, folder, state, checkpoints, masters, recorder, len(data.train), peak, measure_general)
 
 
 def _first_documents(dataset: TokenDataset, config: Config) -> list[torch.Tensor]:

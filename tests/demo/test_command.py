@@ -1,4 +1,4 @@
-"""The parts of `luthier demo`: its folder, its config, its tables; a short form of it, and the whole."""
+"""The parts of `luthier demo`: its folder, its config, its table of answers; a short form of it, and the whole."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 from importlib import resources
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from luthier.demo import command, tasks
-from luthier.evaluate.exact_match import exact_match
 
 HOME = Path(str(resources.files("luthier.demo")))
 
@@ -34,53 +34,62 @@ def test_the_config_is_the_shipped_yaml_with_the_packages_paths(tmp_path: Path):
     assert "demo.yml" in config.origins["learning_rate"]
 
 
-def test_the_tables_count_only_what_is_right_to_the_letter():
-    questions = [
-        command.Question("plurals", "What is the plural?", "fox", "foxes"),
-        command.Question("plurals", "What is the plural?", "cat", "cats"),
-        command.Question("counting", "How many?", "[a], b", "2"),
+def test_one_question_of_each_kind_is_shown_with_both_answers():
+    def row(task: str, asked: str, base: str, tuned: str) -> dict[str, Any]:
+        sides = {"compare": {"answer": base, "exact": False}, "target": {"answer": tuned, "exact": True}}
+        head = "Below is an instruction.\n\n### Instruction:\n"
+        return {"by": {"task": task}, "prompt": f"{head}{asked}\n\n### Response:\n", **sides}
+
+    rows = [
+        row("plurals", "What is the plural?\n\n### Input:\nfox", "fox\nfox", "foxes"),
+        row("plurals", "The plural of cat?", "cat", "cats"),
+        row("counting", "How many: [a], b?", "[red]3", "2"),
     ]
     console = Console(width=100, file=StringIO())
-    before, after = ["foxes.", "cats ...", "3"], ["foxes", "cats", "3"]
-    console.print(command.accuracy_table(questions, before, after))
-    console.print(command.samples_table(questions, before, after))
+    console.print(command.samples_table(rows))
     text = console.file.getvalue()
-    for row in (("plurals", "2", "0.0%", "100.0%"), ("counting", "1", "0.0%", "0.0%"), ("all", "66.7%")):
-        assert any(all(cell in line for cell in row) for line in text.splitlines()), row
-    assert "[a], b" in text
+    for shown in ("What is the plural?", "fox fox", "foxes", "How many: [a], b?", "[red]3"):
+        assert shown in text, shown
+    for hidden in ("cats", "###", "Below"):
+        assert hidden not in text, hidden
 
 
-def run_demo(folder: Path, capfd: pytest.CaptureFixture[str], seed: int = 42) -> tuple[str, list[dict[str, str]]]:
-    """What the command prints, and every question with both answers."""
+def run_demo(folder: Path, seed: int = 42) -> dict[str, Any]:
+    """The result that the command leaves in the run's folder."""
     command.demo(output_dir=folder, overwrite=False, seed=seed)
-    lines = (folder / command.ANSWERS).read_text(encoding="utf-8").splitlines()
-    return capfd.readouterr().out, [json.loads(line) for line in lines]
+    return json.loads((folder / "evaluation" / "validation.json").read_text(encoding="utf-8"))
 
 
 def test_a_run_in_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    whole_config, all_questions = command.demo_config, command.held_out
-    monkeypatch.setattr(
-        command, "demo_config", lambda *each: whole_config(*each).replace("a short test", max_steps=2)
-    )
-    # One question of each kind.
-    monkeypatch.setattr(
-        command, "held_out", lambda path: list({each.task: each for each in all_questions(path)}.values())
-    )
-    printed, answers = run_demo(tmp_path / "run", capfd)
-    assert {row["task"] for row in answers} == set(tasks.TASKS)
-    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
-    for text in ("1/3", "3/3", "before", "after", "luthier generate", "luthier preview", "luthier train"):
+    whole = command.demo_config
+    lines = (HOME / "data" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    one_of_each = {json.loads(line)["task"]: line for line in lines}.values()
+    few = tmp_path / "few.jsonl"
+    few.write_text("\n".join(one_of_each), encoding="utf-8")
+    short = {"max_steps": 2, "test_datasets": [{"path": str(few), "type": "alpaca"}], "evals_per_epoch": None}
+    monkeypatch.setattr(command, "demo_config", lambda *each: whole(*each).replace("a short test", **short))
+    folder = tmp_path / "run"
+    result = run_demo(folder)
+    assert result["figures"]["by"]["task"].keys() == set(tasks.TASKS)
+    assert result["compare"] == str(HOME / "base_model")
+    assert (folder / "adapter_model.safetensors").is_file()
+    assert "Better than its base?" in (folder / "report.html").read_text(encoding="utf-8")
+    printed = capfd.readouterr().out
+    for text in ("1/2", "2/2", "exact match, by task", "One question of each kind", "[ ] 95% interval"):
         assert text in printed, text
+    shown = [line for line in printed.splitlines() if line.startswith("    luthier ")]
+    assert [line.split()[1] for line in shown] == ["generate", "evaluate", "train", "report", "preview"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [42, 1])
-def test_it_learns_what_it_did_not_know(tmp_path: Path, capfd: pytest.CaptureFixture[str], seed: int):
+def test_it_learns_what_it_did_not_know(tmp_path: Path, seed: int):
     """Under a tenth of the held-out answers are right before, and nearly all after."""
-    _, answers = run_demo(tmp_path / "run", capfd, seed)
-    expected, kinds = [row["output"] for row in answers], [row["task"] for row in answers]
-    before = exact_match([row["before"] for row in answers], expected, kinds)
-    after = exact_match([row["after"] for row in answers], expected, kinds)
-    assert before.overall.accuracy < 0.1
-    assert after.overall.accuracy > 0.95
-    assert min(score.accuracy for score in after.groups.values()) > 0.8
+    figures = run_demo(tmp_path / "run", seed)["figures"]
+
+    def right(group: dict[str, Any], side: str) -> float:
+        return group[side]["exact_match"]["value"]
+
+    assert right(figures["all"], "compare") < 0.1
+    assert right(figures["all"], "target") > 0.95
+    assert min(right(group, "target") for group in figures["by"]["task"].values()) > 0.8

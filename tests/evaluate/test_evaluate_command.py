@@ -202,9 +202,9 @@ def test_files_of_data_with_another_model_by_dataset_as_json(
     run: Path, toy_llama_dir: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     one, two = write(tmp_path / "one.jsonl", rows_of(6)), write(tmp_path / "two.jsonl", rows_of(9)[6:])
-    files = ("--data", one, "--data", two, "--output", tmp_path / "out", "--json")
-    status, out, err = evaluate(capsys, run, "--compare", toy_llama_dir, *files)
-    assert status == 0, err
+    files = ("--data", one, "--data", two, "--json")
+    status, out, err = evaluate(capsys, run, "--compare", toy_llama_dir, *files, "--output", tmp_path / "out")
+    assert status == 0 and "report.html" not in err, err
     found = json.loads(out)
     assert (found["kind"], found["target"], found["compare"]) == ("data", str(run), str(toy_llama_dir))
     assert {name: group["rows"] for name, group in found["figures"]["by"]["dataset"].items()} == {
@@ -218,6 +218,9 @@ def test_files_of_data_with_another_model_by_dataset_as_json(
     assert status == 0, err
     some = json.loads(out)["figures"]["all"]
     assert some["rows"] == 4 and some["asked"] == 0 and "exact_match" not in some["target"]
+    # What lies in the run's folder is on its page.
+    assert f"{run / 'report.html'} holds this result now" in err
+    assert "Held-out data: one-and-1" in (run / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_config_brings_its_own_data_and_a_bare_model_needs_one_or_a_type(
@@ -253,13 +256,40 @@ def test_another_tokenizer_has_the_same_rows_in_its_own_tokens(
     other = tmp_path / "other"
     shutil.copytree(toy_llama_dir, other)
     letters.save_pretrained(other)
-    _, found = evaluate_data(str(run), compare=str(other), output=tmp_path / "out", short_answer=3)
+    _, found = evaluate_data(str(run), compare=str(other), output=tmp_path / "out")
     rows = [json.loads(line) for line in (tmp_path / "out" / "validation.jsonl").read_text().splitlines()]
     assert "tokenizers differ" in caplog.text
     assert len(rows) == found["figures"]["all"]["rows"] == 20
+    # Whether an answer is short is said by the target's tokens, and both are asked the same.
+    assert found["figures"]["all"]["asked"] > 0 and "exact_match" in found["figures"]["all"]["difference"]
+    assert all((row["target"]["answer"] is None) == (row["compare"]["answer"] is None) for row in rows)
     for row in rows:
         assert row["compare"]["tokens"] == len(row["expected"]) + 1  # a letter each, and the end
         assert row["compare"]["tokens"] >= row["target"]["tokens"]
+
+
+def test_rows_that_the_run_was_trained_on_are_called_that(
+    run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    trained = run.parent / "rows.jsonl"
+    others = write(tmp_path / "others.jsonl", rows_of(2))
+    config = tmp_path / "cfg.yml"
+    config.write_text(f"base_model: x\ndatasets:\n  - {{path: {trained}, type: alpaca}}\n")
+    for data, said in ((trained, True), (config, True), (others, False)):
+        options = ("--limit", 1, "--short-answer", 0, "--output", tmp_path / "out")
+        status, _, err = evaluate(capsys, run, "--data", data, *options)
+        assert status == 0 and ("rows.jsonl: the run was trained on rows of it" in err) == said
+
+
+def test_one_row_has_figures_without_an_interval(
+    run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    status, out, err = evaluate(capsys, run, "--compare", "base", "--limit", 1, "--output", tmp_path)
+    assert status == 0 and "1 row, " in err
+    found = json.loads((tmp_path / "validation.json").read_text())["figures"]["all"]
+    assert found["rows"] == 1 and found["target"]["loss"]["value"] > 0 and found["target"]["loss"]["low"] is None
+    assert found["difference"]["loss"]["low"] is None and not found["difference"]["loss"]["beyond_chance"]
+    assert next(line for line in out.splitlines() if line.startswith("loss")).count("[") == 0
 
 
 def test_the_dtype_is_the_one_that_was_asked_for(run: Path, tmp_path: Path) -> None:
@@ -279,6 +309,12 @@ def pairs(folder: Path) -> Path:
 
 BAD: dict[str, tuple[Callable[[Path, Path, Path], list[object]], str]] = {
     "no such run": (lambda run, toy, tmp: [tmp / "nowhere"], "there is no such folder"),
+    "no such checkpoint": (lambda run, toy, tmp: [run / "checkpoint-999"], "there is no such folder"),
+    "nothing to compare with": (lambda run, toy, tmp: [run, "--compare", tmp / "nowhere"], "there is no such folder"),
+    "a place that cannot be written": (lambda run, toy, tmp: [run, "--output", "/dev/null/x"], "name another folder"),
+    "a field that is not there": (
+        lambda run, toy, tmp: [run, "--by", "kind.sub"], "there is no column `kind.sub` to group by"
+    ),
     "not a model": (
         lambda run, toy, tmp: [tmp, "--data", write(tmp / "a.jsonl", rows_of(2)), "--type", "alpaca"],
         "neither a run, an adapter",

@@ -1,27 +1,21 @@
-"""Exact match."""
+"""Exact match: what counts as the expected answer, and what does not."""
+
+from __future__ import annotations
 
 import pytest
 
-from luthier.evaluate.exact_match import Score, exact_match
+from luthier.evaluate.exact_match import is_exact
 
 
-def test_whole_answers_are_compared_white_space_around_them_aside() -> None:
-    result = exact_match([" 8\n", "8.", "8 9", "a", ""], ["8", "8", "8", "A", " "])
-    assert result.overall == Score(2, 5)
-    assert result.wrong == [1, 2, 3]
-    assert result.groups == {}
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [("8", True), (" 8\n", True), ("8.", False), ("8 9", False), ("08", False), ("", False)],
+)
+def test_only_white_space_around_an_answer_is_ignored(answer: str, right: bool) -> None:
+    assert is_exact(answer, "8") == is_exact(answer, "\t8 ") == right
 
 
-def test_groups_have_scores_of_their_own_in_the_order_in_which_they_came() -> None:
-    result = exact_match(["1", "x", "2", "y"], ["1", "x", "3", "z"], ["sum", "copy", "sum", "copy"])
-    assert list(result.groups.items()) == [("sum", Score(1, 2)), ("copy", Score(1, 2))]
-    assert str(result.overall) == "50.0% (2/4)"
-
-
-def test_nothing_is_no_accuracy() -> None:
-    assert exact_match([], []).overall.accuracy == 0.0
-
-
-def test_answers_and_expectations_must_belong_together() -> None:
-    with pytest.raises(ValueError, match=r"shorter|longer"):
-        exact_match(["1"], ["1", "2"])
+def test_case_and_white_space_inside_count() -> None:
+    assert not is_exact("a", "A")
+    assert not is_exact("55,  60", "55, 60")
+    assert is_exact(" ", "")

@@ -12,9 +12,11 @@ import torch
 
 from luthier import cli
 from luthier.config import Config
-from luthier.errors import ConfigError, DataError
-from luthier.evaluate.harness import run as harness
+from luthier.errors import ConfigError, DataError, RunError
 from luthier.evaluate.harness.run import run_harness
+from luthier.evaluate.harness.tasks import load_tasks
+from luthier.evaluate.opened import Which
+from luthier.evaluate.store import Store
 
 needs_harness = [
     pytest.mark.skipif(
@@ -204,7 +206,7 @@ class TestLive:
         assert check_same("target", result, rows, expected) == 4 * (4 + 1)
         assert all(row["arguments"][0][0].startswith("<|im_start|>user\n") for row in rows)
 
-    def test_what_prompts_begin_with_is_computed_once(self, toy_llama_dir: Path) -> None:
+    def test_what_prompts_begin_with_is_computed_once(self, toy_llama_dir: Path, tmp_path: Path) -> None:
         from luthier.evaluate.harness.model import HarnessModel
         from luthier.models.assemble import open_for_inference
 
@@ -214,7 +216,8 @@ class TestLive:
         requests = [(None, common, [letter]) for letter in (60, 61, 62, 63)] + [(None, [*common, 5, 6], [7, 8, 9])]
         found, computed = [], []
         for budget in (None, 1):
-            lm = HarnessModel(model, tokenizer, [0], tokens_per_pass=budget)
+            store = Store(tmp_path / f"{budget}.jsonl", {})
+            lm = HarnessModel(model, tokenizer, [0], store, tokens_per_pass=budget)
             found.append(lm._loglikelihood_tokens(requests))
             computed.append(lm.computed)
         assert computed == [40 + 4, 4 * 40 + 44]
@@ -222,7 +225,7 @@ class TestLive:
             assert one[0] == pytest.approx(other[0], abs=1e-4) and one[1] == other[1]
 
     def test_passes_that_memory_does_not_hold_are_cut(
-        self, toy_llama_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+        self, toy_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         from luthier.evaluate.harness.model import HarnessModel
         from luthier.models.assemble import open_for_inference
@@ -230,7 +233,8 @@ class TestLive:
 
         model, tokenizer, _ = open_for_inference(str(toy_llama_dir), device=torch.device("cpu"))
         requests = [(None, [n + 10] * 20, [5, 6]) for n in range(8)]
-        expected = HarnessModel(model, tokenizer, [0])._loglikelihood_tokens(requests)
+        stores = [Store(tmp_path / f"{number}.jsonl", {}) for number in range(2)]
+        expected = HarnessModel(model, tokenizer, [0], stores[0])._loglikelihood_tokens(requests)
         real = Policy.forward
 
         def small(self: Policy, batch: Any) -> Any:
@@ -239,7 +243,7 @@ class TestLive:
             return real(self, batch)
 
         monkeypatch.setattr(Policy, "forward", small)
-        found = HarnessModel(model, tokenizer, [0], tokens_per_pass=168)._loglikelihood_tokens(requests)
+        found = HarnessModel(model, tokenizer, [0], stores[1], tokens_per_pass=168)._loglikelihood_tokens(requests)
         assert "going on with passes of up to" in caplog.text
         assert [logp for logp, _ in found] == pytest.approx([logp for logp, _ in expected], abs=1e-4)
 
@@ -265,21 +269,106 @@ class TestLive:
             ({"tasks": "toy_choice", "include_path": "/no/such/folder"}, ConfigError, "there is no such folder"),
             ({"tasks": "toy_choice", "compare": "base"}, ConfigError, "is no run"),
             ({"tasks": "toy_choice", "shots": -1}, ConfigError, "0 or more"),
+            ({"tasks": "toy_choice", "limit": 0}, ConfigError, "at least 1 question"),
+            ({"tasks": "toy_choice", "output": Path(__file__) / "x"}, RunError, "cannot be written"),
         ],
     )
     def test_what_cannot_be_asked_is_one_error_before_the_model_is_loaded(
         self, options: dict[str, Any], error: type[Exception], said: str, tasks: Path, toy_llama_dir: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
-        monkeypatch.setattr(harness, "open_for_inference", lambda *_, **__: pytest.fail("the model was loaded"))
+        monkeypatch.setattr(Which, "open", lambda *_, **__: pytest.fail("the model was loaded"))
         with pytest.raises(error, match=said):
             run_harness(str(toy_llama_dir), **{"include_path": tasks, **options})
 
-    def test_what_a_task_cannot_do_is_one_error(self, tasks: Path, toy_llama_dir: Path) -> None:
-        from luthier.errors import RunError
+    def test_a_task_file_that_is_no_yaml_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "mine.yaml").write_text("task: [mine\n")
+        with pytest.raises(ConfigError, match=r"mine\.yaml cannot be read: ParserError"):
+            load_tasks("mine", tmp_path)
 
+    def test_what_a_task_cannot_do_is_one_error(self, tasks: Path, toy_llama_dir: Path, tmp_path: Path) -> None:
+        ask: dict[str, Any] = {"include_path": tasks, "device": "cpu", "shots": 50, "output": tmp_path}
         with pytest.raises(RunError, match=r"could not run them: "):
-            run_harness(str(toy_llama_dir), tasks="toy_choice", include_path=tasks, device="cpu", shots=50)
+            run_harness(str(toy_llama_dir), tasks="toy_choice", **ask)
+
+    def test_an_interrupted_command_goes_on(
+        self, run: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        ask: dict[str, Any] = {"tasks": "toy_letters,toy_write,toy_text", "include_path": tasks, "device": "cpu"}
+        ask |= {"limit": 7}
+        _, whole = run_harness(str(run), output=tmp_path / "whole", **ask)
+        everything = sum(map(len, answers_in(tmp_path / "whole")))
+        add, answered = Store.add, []
+
+        def killed(self: Store, row: dict[str, Any]) -> None:
+            if len(answered) == everything * 3 // 4:
+                self._file.write(b'{"key": "half a li')
+                raise KeyboardInterrupt
+            answered.append((self.path, row["key"]))
+            add(self, row)
+
+        monkeypatch.setattr(Store, "add", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_harness(str(run), output=tmp_path / "killed", **ask)
+        assert "the same command goes on from there" in caplog.text
+
+        def counted(self: Store, row: dict[str, Any]) -> None:
+            answered.append((self.path, row["key"]))
+            add(self, row)
+
+        monkeypatch.setattr(Store, "add", counted)
+        with caplog.at_level("INFO", "luthier"):
+            _, result = run_harness(str(run), output=tmp_path / "killed", **ask)
+        assert "requests were answered before" in caplog.text
+        assert len(set(answered)) == len(answered) == everything  # nothing is asked twice
+        rounded = [json.dumps(found["figures"], default=str) for found in (whole, result)]
+        assert json.loads(rounded[1]) == close(json.loads(rounded[0]))
+
+    def test_sampled_texts_are_the_same_after_an_interruption(
+        self, toy_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from lm_eval.api.instance import Instance
+
+        from luthier.evaluate.harness.model import HarnessModel
+        from luthier.models.assemble import open_for_inference
+
+        model, tokenizer, _ = open_for_inference(str(toy_llama_dir), device=torch.device("cpu"))
+        how = {"until": ["@"], "max_gen_toks": 6, "do_sample": True, "temperature": 1.0}
+        prompts = [text for text in ("The fox", "A lazy dog", "What is") for _ in range(3)]
+        asked = [Instance("generate_until", {}, (text, how), 0) for text in prompts]
+
+        def say(name: str) -> list[str]:
+            store = Store(tmp_path / name, {})
+            try:
+                return HarnessModel(model, tokenizer, [0], store).generate_until(asked)
+            finally:
+                store.close()
+
+        whole, add = say("whole"), Store.add
+        assert len(set(whole)) > 6  # each time another one
+
+        def killed(self: Store, row: dict[str, Any]) -> None:
+            if len(self.rows) == 4:
+                raise KeyboardInterrupt
+            add(self, row)
+
+        monkeypatch.setattr(Store, "add", killed)
+        with pytest.raises(KeyboardInterrupt):
+            say("killed")
+        monkeypatch.setattr(Store, "add", add)
+        assert say("killed") == whole
+
+
+def answers_in(folder: Path) -> list[list[str]]:
+    """The lines of each file of answers, without the first."""
+    return [path.read_text().splitlines()[1:] for path in folder.glob("harness-answers-*.jsonl")]
+
+
+def close(value: Any) -> Any:
+    """A JSON value whose numbers may be off as passes of other documents round."""
+    if isinstance(value, dict):
+        return {key: close(inner) for key, inner in value.items()}
+    return pytest.approx(value, rel=1e-5, abs=1e-6) if isinstance(value, float) else value
 
 
 def models_of_base(folder: Path) -> Any:

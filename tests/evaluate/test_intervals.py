@@ -67,6 +67,21 @@ def test_rows_that_are_all_alike_leave_room_for_others(rows: int) -> None:
     assert bootstrap(np.ones(rows)) == pytest.approx((1 - high, 1.0))
 
 
+def test_a_difference_of_rows_that_all_go_one_way_leaves_room_for_others_as_well() -> None:
+    zeros, ones = np.zeros(40), np.ones(40)
+    low = bootstrap(ones)[0]
+    assert bootstrap_difference(zeros, ones) == (low, 1.0)
+    assert bootstrap_difference(ones, zeros) == (-1.0, -low)
+    assert bootstrap_difference(ones, ones) == pytest.approx((low - 1, 1 - low))
+    # Counts of tokens that are right: shares, if that is said.
+    tokens = np.arange(1.0, 41.0)
+    assert bootstrap(tokens, tokens, share=True) == (low, 1.0)
+    assert bootstrap(tokens, tokens) == (1.0, 1.0)
+    assert bootstrap_difference(zeros, tokens, tokens, tokens, share=True) == (low, 1.0)
+    # What is no share and 0 in every row is 0.
+    assert bootstrap(zeros, share=False) == (0.0, 0.0)
+
+
 def test_no_rows_no_interval() -> None:
     assert all(np.isnan(bootstrap([])))
     with pytest.raises(ValueError, match="same rows"):

@@ -232,6 +232,32 @@ def test_a_verdict_with_something_around_it(content: str, folder: Path, server: 
     assert counts(figures(folder)) == (3, 2, 1)
 
 
+@pytest.mark.parametrize("argument", ["because", None, ""])
+def test_text_in_pieces_and_arguments_that_are_missing(
+    argument: str | None, folder: Path, server: LoopbackJudge, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def behave(number: int, asked: Asked) -> Say:
+        choice = json.loads(longer(asked).content)["choice"]
+        pieces = [
+            {"type": "thinking", "thinking": [{"type": "text", "text": '{"choice": 1}'}]},
+            {"type": "text", "text": f'{{"argument": {json.dumps(argument)}, '},
+            {"type": "text", "text": f'"choice": {choice}}}'},
+        ]
+        return Say(body=json.dumps({"choices": [{"message": {"content": pieces}}]}).encode())
+
+    server.behave = behave
+    assert main(arguments(folder, "--judge", server.url)) == 0
+    assert counts(figures(folder)) == (3, 2, 1)
+    assert {row["argument"] for row in rows(folder, "judge-verdicts-*.jsonl")} == {argument or ""}
+    assert ("of 10 verdicts 10 came without an argument" in capsys.readouterr().err) == (not argument)
+
+
+def test_the_result_as_json(folder: Path, server: LoopbackJudge, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(folder, "--judge", server.url, "--json")) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["kind"] == "judge" and shown["figures"] == figures(folder)
+
+
 def test_a_server_that_is_down(folder: Path, server: LoopbackJudge, capsys: pytest.CaptureFixture[str]) -> None:
     server.behave = lambda number, asked: longer(asked) if number <= 2 else Say(status=503, body=b"busy")
     asked = arguments(folder, "--judge", server.url, "--retries", "1", "--parallel", "1")
@@ -240,7 +266,8 @@ def test_a_server_that_is_down(folder: Path, server: LoopbackJudge, capsys: pyte
     shown = capsys.readouterr()
     assert "failed 4 times in a row" in shown.err
     assert "it answers 503 (busy)" in shown.err
-    assert figures(folder)["counted"] == 2  # the pair that was judged, and the identical one
+    found = figures(folder)
+    assert (found["counted"], found["failed"], found["waiting"]) == (2, 2, 2)  # one judged, and the identical one
     server.behave = lambda number, asked: longer(asked)
     assert main(asked) == 0
     assert len(server.asked) == 10 + 8
@@ -283,6 +310,19 @@ def test_retry_after_is_waited_for(folder: Path, server: LoopbackJudge) -> None:
     assert second - first >= 0.4
 
 
+def test_a_server_that_asks_for_no_wait_is_still_given_one(
+    folder: Path, server: LoopbackJudge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judge_client, "FIRST_WAIT", 0.25)
+    server.behave = lambda number, asked: (
+        Say(status=429, headers={"Retry-After": "0"}, body=b"{}") if number <= 2 else longer(asked)
+    )
+    assert main(arguments(folder, "--judge", server.url, "--parallel", "1", "--limit", "1")) == 0
+    first, second, third, _ = (each.time for each in server.asked)
+    assert second - first >= 0.8 * 0.25
+    assert third - second >= 0.8 * 0.5
+
+
 @pytest.mark.parametrize(
     ("say", "message"),
     [
@@ -298,8 +338,11 @@ def test_what_cannot_get_better_ends_at_once(
 ) -> None:
     server.behave = lambda number, asked: say
     assert main(arguments(folder, "--judge", server.url, "--parallel", "1")) == 1
-    assert message in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert message in shown.err
     assert len(server.asked) == 1
+    assert not list((folder / "out").glob("judge-b-*"))  # nobody judged, which is no result
+    assert "A wins" not in shown.out
 
 
 def test_what_a_server_does_not_take_is_left_out(
@@ -323,6 +366,36 @@ def test_what_a_server_does_not_take_is_left_out(
     assert server.asked[-1].request.keys() == {"model", "messages", "max_completion_tokens"}
     assert "takes no temperature" in capsys.readouterr().err
     assert counts(figures(folder)) == (3, 2, 1)
+
+
+def test_a_form_that_is_refused_without_a_word_about_it(folder: Path, server: LoopbackJudge) -> None:
+    def behave(number: int, asked: Asked) -> Say:
+        return Say(status=400, body=b"bad request") if "response_format" in asked.request else longer(asked)
+
+    server.behave = behave
+    assert main(arguments(folder, "--judge", server.url, "--parallel", "1")) == 0
+    assert len(server.asked) == ASKED + 2
+    assert counts(figures(folder)) == (3, 2, 1)
+
+
+@pytest.mark.parametrize("bad", ["one", "three"])  # before any answer, and after some
+def test_a_pair_that_is_refused_does_not_cost_the_others_their_form(
+    bad: str, folder: Path, server: LoopbackJudge
+) -> None:
+    server.behave = lambda number, asked: (
+        Say(status=400, body=b"content management policy") if asked.question == bad else longer(asked)
+    )
+    assert main(arguments(folder, "--judge", server.url, "--parallel", "1")) == 3
+    assert figures(folder)["failed"] == 1
+    forms = {each.request.get("response_format", {}).get("type") for each in server.asked if each.question != bad}
+    assert forms == {"json_schema"}
+    assert len(server.asked) == ASKED + 2 * (bad == "one")  # that once, plainer forms are tried
+
+
+def test_what_is_always_refused_ends(folder: Path, server: LoopbackJudge) -> None:
+    server.behave = lambda number, asked: Say(status=400, body=b"bad request")
+    assert main(arguments(folder, "--judge", server.url, "--parallel", "4")) == 1
+    assert len(server.asked) <= 2 * ASKED
 
 
 # --- caps and keys -------------------------------------------------------------------------------------------------
@@ -407,7 +480,7 @@ def test_the_key_is_sent_and_never_written(
 # --- killed in the middle ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_nothing_is_lost_and_nothing_asked_twice(how: signal.Signals, folder: Path, server: LoopbackJudge) -> None:
     held, go_on = threading.Barrier(3), threading.Event()  # two requests in flight, and the test
 
@@ -424,7 +497,7 @@ def test_nothing_is_lost_and_nothing_asked_twice(how: signal.Signals, folder: Pa
     )
     held.wait(30)  # three verdicts are there, and both threads wait for one more
     process.send_signal(how)
-    if how == signal.SIGINT:
+    if how != signal.SIGKILL:
         assert process.stderr is not None
         for line in process.stderr:
             if "in flight" in line:
@@ -432,7 +505,7 @@ def test_nothing_is_lost_and_nothing_asked_twice(how: signal.Signals, folder: Pa
         go_on.set()
     output, _ = process.communicate(timeout=30)
     go_on.set()
-    assert process.returncode == (130 if how == signal.SIGINT else -how)
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[how]
     in_flight = 2 if how == signal.SIGKILL else 0
     assert len(server.asked) == 5
     stored = rows(folder, "judge-verdicts-*.jsonl")

@@ -16,10 +16,11 @@ from luthier.config import Config
 from luthier.errors import DataError
 from luthier.evaluate.judge import answers as judge_answers
 from luthier.evaluate.judge import name as judge_name
-from luthier.evaluate.judge.answers import open_side, read_prompts
+from luthier.evaluate.judge.answers import is_base_of, open_side, read_prompts
 from luthier.evaluate.judge.human import visible
 from luthier.evaluate.judge.local import LocalJudge
 from luthier.evaluate.judge.question import LOCAL_FORM, question_text
+from luthier.experiments.report import write_report
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -114,18 +115,58 @@ def test_a_model_answers_greedily_and_once(
     assert open_side(str(kept)).names >= {str(model.resolve())}
 
 
+def test_the_page_of_a_run_has_what_a_judge_said_at_once(
+    toy_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(toy_llama_dir, run)
+    flat = {"base_model": str(toy_llama_dir), "datasets": [{"path": "rows.jsonl", "type": "chat_template"}]}
+    (run / "config.yaml").write_text(Config.from_flat(flat).to_yaml())
+    page = write_report(run)
+    other = write_rows(tmp_path / "other.jsonl", [{"prompt": "hello", "answer": "something"}])
+    (tmp_path / "p.txt").write_text("hello\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("1\n"))
+    asked = ["judge", str(run), str(other), "--prompts", str(tmp_path / "p.txt"), "--human", "--max-new-tokens", "4"]
+    assert main(asked) == 0
+    assert f"{page} holds this result now" in capsys.readouterr().err
+    assert "A judge&#39;s choice" in page.read_text(encoding="utf-8")
+
+
 def test_a_file_of_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     a = write_rows(tmp_path / "a.jsonl", [{"prompt": "one", "answer": "x"}, {"prompt": "spare", "answer": "x"}])
-    b = write_rows(tmp_path / "b.jsonl", [{"instruction": "one", "output": "y"}, {"prompt": "two", "answer": "z"}])
-    (tmp_path / "p.txt").write_text("one\n\n one \r\ntwo\n", encoding="utf-8")
+    b = write_rows(
+        tmp_path / "b.jsonl",
+        [{"instruction": "one", "output": "y"}, {"prompt": "two", "answer": "z"}, {"prompt": "3", "answer": None}],
+    )
+    (tmp_path / "p.txt").write_text("one\n\n one \r\ntwo\n3\n", encoding="utf-8-sig")
     monkeypatch.setattr("sys.stdin", io.StringIO("0\n"))
     asked = ["judge", str(a), str(b), "--prompts", str(tmp_path / "p.txt"), "--output", str(tmp_path / "out")]
     assert main([*asked, "--human"]) == 0
     shown = capsys.readouterr()
-    assert "has no answer to 1 of 2 prompts, which are left out; first: 'two': not in the file" in shown.err
+    assert "has no answer to 2 of 3 prompts, which are left out; first: '3': not in the file" in shown.err
+    assert "has no answer to 1 of 3 prompts, which are left out; first: '3': null" in shown.err
     assert "1 answers belong to none of the prompts" in shown.err
-    assert "1 prompts are repeated" in shown.err
-    assert "left out: 1 prompt without an answer of A" in shown.out
+    assert "repeated prompts, each of which is asked once: 1" in shown.err
+    assert "left out: 2 prompts without an answer of A" in shown.out
+
+
+def test_prompts_as_datasets_name_them(tmp_path: Path) -> None:
+    human, gpt = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
+    rows: list[dict[str, Any]] = [
+        {"prompt": None, "instruction": "q", "input": None},
+        {"question": "q", "answer": "a"},
+        {"conversations": [human, gpt]},
+        {"prompt": None, "messages": [{"role": "user", "content": "q"}]},
+    ]
+    for row in rows:
+        (found,) = read_prompts(write_rows(tmp_path / "p.jsonl", [row]))
+        assert found.question == found.instruction == "q"
+    (found,) = read_prompts(write_rows(tmp_path / "p.jsonl", [{"conversations": [human, gpt, human]}]))
+    assert found.messages == (
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "q"},
+    )
 
 
 # --- a local judge -------------------------------------------------------------------------------------------------
@@ -252,6 +293,20 @@ def test_a_person_is_asked_blind_and_goes_on_later(
     assert {row["argument"] for row in read(stored)} == {"it is good"}
 
 
+def test_bytes_that_are_no_text_are_a_wrong_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = write_rows(tmp_path / "a.jsonl", [{"prompt": "q", "answer": "yes"}])
+    b = write_rows(tmp_path / "b.jsonl", [{"prompt": "q", "answer": "no"}])
+    (tmp_path / "p.txt").write_text("q\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n3\n\n1x\n2 tr\xe8s\n"), encoding="utf-8"))
+    asked = ["judge", str(a), str(b), "--prompts", str(tmp_path / "p.txt"), "--output", str(tmp_path / "out")]
+    assert main([*asked, "--human"]) == 0
+    assert capsys.readouterr().out.count("better (1, 2, 0, q)") == 5
+    (stored,) = (tmp_path / "out").glob("judge-verdicts-human-*.jsonl")
+    assert [(row["choice"], row["argument"]) for row in read(stored)] == [(2, "tr\ufffds")]
+
+
 def test_an_answer_cannot_change_the_terminal() -> None:
     assert visible("a\x1b[2Jb\r\nc\td é \u202e") == "a\\x1b[2Jb\\r\nc\td é \\u202e"
 
@@ -279,6 +334,14 @@ def kin(tmp_path: Path, roomy_llama: Path) -> Path:
     return tmp_path
 
 
+def test_the_base_of_a_run_is_known_by_any_spelling(kin: Path, roomy_llama: Path) -> None:
+    spelled = f"{roomy_llama}/../{roomy_llama.name}/"
+    assert all(is_base_of(spelled, str(kin / tuned)) for tuned in ("run", "run/checkpoint-5", "adapter"))
+    assert not is_base_of(str(kin / "run"), str(kin / "adapter"))
+    assert not is_base_of(str(kin / "plain.jsonl"), str(kin / "gpt-4o.jsonl"))
+    assert not is_base_of(spelled, spelled)
+
+
 @pytest.mark.parametrize(
     ("side", "judge"),
     [
@@ -288,6 +351,8 @@ def kin(tmp_path: Path, roomy_llama: Path) -> Path:
         ("run", "local:{kin}/run/checkpoint-5"),
         ("adapter", "local:{kin}/run"),
         ("gpt-4o.jsonl", "openai:gpt-4o-2024-08-06"),
+        ("gpt-4o.jsonl", "openai:ft:gpt-4o-2024-08-06:somebody::a1b2"),
+        ("hub.jsonl", "http://127.0.0.1:9/v1#model-7b:latest"),
         ("hub.jsonl", "http://127.0.0.1:9/v1#some/model-7b"),
         ("hub.jsonl", "http://127.0.0.1:9/v1#Model-7B"),
         ("run", "http://127.0.0.1:9/v1#llama"),
@@ -309,7 +374,8 @@ def test_nobody_judges_themselves_unless_told(
     monkeypatch.setenv("SOME", "k")
     key = [] if name.startswith("local") else ["--api-key-env", "SOME"]
     assert main(["judge", *asked, *key, "--allow-self-judging"]) == 1
-    assert "went on" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "went on" in shown and "this says less" in shown
 
 
 @pytest.mark.parametrize(
@@ -325,6 +391,7 @@ def test_nobody_judges_themselves_unless_told(
         (["--judge", "http://h/v1#m", "--max-cost", "nan", "--price-in", "1", "--price-out", "1"], "must be above 0"),
         (["--judge", "http://h/v1#m", "--price-in", "1"], "give both"),
         (["--judge", "http://h/v1#m", "--human"], "one of the two"),
+        (["--human", "--json"], "the terminal is the person's"),
         (["--human", "--max-cost", "1"], "for a judge behind an endpoint"),
         (["--human", "--api-key-env", "X"], "only a judge behind an endpoint has a key"),
         (["--human", "--criteria", "nothing.txt"], "there is no such file"),

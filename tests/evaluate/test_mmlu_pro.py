@@ -6,6 +6,7 @@ import json
 import logging
 import random
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,25 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import luthier
-from luthier.errors import ConfigError, DataError, RunError
+from luthier import cli
+from luthier.config import Config
+from luthier.errors import ConfigError, DataError, ModelError, RunError
+from luthier.evaluate.intervals import bootstrap_difference
 from luthier.evaluate.mmlu_pro import run as mmlu_pro
-from luthier.evaluate.mmlu_pro.ask import Store
 from luthier.evaluate.mmlu_pro.data import (
     Question,
     choose_subjects,
     cot_prompt,
     extract_answer,
-    figures_of,
     guessed_index,
     guessed_letter,
     load_benchmark,
 )
+from luthier.evaluate.mmlu_pro.figures import figures_of, shown
 from luthier.evaluate.mmlu_pro.run import KEY, run_mmlu_pro
+from luthier.evaluate.opened import Which, identity, precision_of, which_models
 from luthier.evaluate.record import Record
+from luthier.evaluate.store import Store
 from luthier.generate.engine import Engine
 
 # Outputs and predictions of several models, of the benchmark's repository (Apache-2.0); its first line says more.
@@ -52,13 +57,14 @@ def test_predictions_are_the_published_ones() -> None:
     assert len(cases) == 46 and {case["pred"] for case in cases} > {*"ABCDEFGHI", None}
     assert [extract_answer(case["model_outputs"])[0] for case in cases] == [case["pred"] for case in cases]
     right = sum(case["pred"] == case["answer"] for case in cases)
-    assert figures_of([row_of(case) for case in cases])["right"] == right
+    assert figures_of([[row_of(case) for case in cases]])["all"]["counts"]["target"]["right"] == right
 
 
 def test_accuracy_of_a_whole_published_file() -> None:
     whole = [row_of(case) for case in PUBLISHED[1:] if case["source"].startswith("eval_results/business_result.json")]
-    figures = figures_of(whole)
-    assert (figures["right"], figures["questions"], figures["accuracy_with_guess"]) == (3, 3, 1.0)
+    figures = figures_of([whole])["all"]
+    assert (figures["rows"], figures["counts"]["target"]["right"]) == (3, 3)
+    assert figures["target"]["accuracy_with_guess"]["value"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -114,6 +120,7 @@ def test_guesses_are_those_of_the_published_scripts() -> None:
 
 def test_no_answer_is_wrong_and_guessed_apart() -> None:
     hit = guessed_index(10)
+    letters = (guessed_letter() == "ABCDEFGHIJ"[hit]) + (guessed_letter() == "ABCDEFGHIJ"[hit - 1])
     base = {"category": "law", "options": 10, "shots": 5, "finish": "stop", "stage": 0, "prediction": None}
     rows = [
         {**base, "answer": "ABCDEFGHIJ"[hit], "answer_index": hit},
@@ -121,11 +128,16 @@ def test_no_answer_is_wrong_and_guessed_apart() -> None:
         {**base, "answer": "C", "answer_index": 2, "prediction": "C", "category": "art", "stage": 1},
         {**base, "answer": "C", "answer_index": 2, "prediction": "J", "category": "art", "stage": 3, "options": 4},
     ]
-    figures = figures_of(rows)
-    assert (figures["accuracy"], figures["accuracy_with_guess"], figures["no_answer"]) == (0.25, 0.5, 2)
-    assert figures["categories"]["law"]["accuracy"] == 0 and figures["categories"]["art"]["accuracy"] == 0.5
-    assert figures["cut_off"] == 1 and figures["stages"] == {"3": 1, "1": 1, "0": 2}
-    low, high = figures["categories"]["law"]["interval"]
+    figures = figures_of([rows])
+    whole, law, art = figures["all"], *(figures["by"]["category"][name] for name in ("law", "art"))
+    assert {name: figure["value"] for name, figure in whole["target"].items()} == {
+        "accuracy": 0.25, "accuracy_with_guess": 0.5, "accuracy_with_letter": 0.25 + 0.25 * letters, "answered": 0.5,
+    }  # fmt: skip
+    assert law["target"]["accuracy"]["value"] == 0 and art["target"]["accuracy"]["value"] == 0.5
+    counts = whole["counts"]["target"]
+    assert (counts["right"], counts["no_answer"], counts["cut_off"]) == (1, 2, 1)
+    assert counts["stages"] == {"3": 1, "1": 1, "0": 2}
+    low, high = (law["target"]["accuracy"][end] for end in ("low", "high"))
     assert low == 0 and (1 - high) ** 2 == pytest.approx(0.025)  # none of two right does not mean that none can be
 
 
@@ -243,24 +255,27 @@ def reference(path: str) -> tuple[Any, Any]:
 # --- runs -----------------------------------------------------------------------------------------------------
 
 
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.open(encoding="utf-8")][1:]
+
+
 def rows_in(folder: Path, mode: str = "cot") -> list[dict[str, Any]]:
     (path,) = folder.glob(f"mmlu_pro_{mode}-*.jsonl")
-    return [json.loads(line) for line in path.open(encoding="utf-8")][1:]
+    return rows_of(path)
 
 
 def test_a_run(
     toy_llama_dir: Path,
     folder: Path,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "luthier")
     csv = tmp_path / "results.csv"
     options: dict[str, Any] = {"data": str(folder), "max_new_tokens": 6, "output": tmp_path / "a", "record": csv, **CPU}
-    found = run_mmlu_pro(str(toy_llama_dir), **options)
+    path, found = run_mmlu_pro(str(toy_llama_dir), **options)
     rows = {row["question_id"]: row for row in rows_in(tmp_path / "a")}
-    assert len(rows) == found["figures"]["questions"] == 8
+    assert len(rows) == found["figures"]["all"]["rows"] == 8
 
     model, tokenizer = reference(str(toy_llama_dir))
     benchmark = load_benchmark(str(folder), 5)
@@ -277,17 +292,13 @@ def test_a_run(
         assert row["output"] == text and (row["prediction"], row["stage"]) == extract_answer(text)
         assert row["right"] == (row["prediction"] == row["answer"])
     assert "8 of 8 prompts have fewer than 5 worked examples" in caplog.text
-    printed = capsys.readouterr().out
-    assert "computer science" in printed and "no answer" in printed and "results.csv" in printed
-    (figures,) = (tmp_path / "a").glob("*.json")
-    stored = json.loads(figures.read_text())
-    assert stored["kind"] == "mmlu_pro" and stored["figures"] == found["figures"]
-    assert (figures.parent / stored["rows"]).is_file()
+    assert json.loads(path.read_text()) == found and found["kind"] == "mmlu_pro"
+    assert (path.parent / found["rows"]).is_file()
 
     # Measured again: nothing is asked, and the table still has one row; one subject of the same is there already.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "generate", lambda *_, **__: pytest.fail("asked twice"))
-        again = run_mmlu_pro(str(toy_llama_dir), **options)
+        again = run_mmlu_pro(str(toy_llama_dir), **options)[1]
         run_mmlu_pro(f"{toy_llama_dir}/", **options, subjects="math", limit=2)
     assert again["figures"] == found["figures"]
     table = Record.open(csv, KEY).rows
@@ -300,7 +311,7 @@ def test_a_killed_run_goes_on(
     toy_llama_dir: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {"data": str(folder), "max_new_tokens": 3, **CPU}
-    whole = run_mmlu_pro(str(toy_llama_dir), **options, output=tmp_path / "whole")
+    _, whole = run_mmlu_pro(str(toy_llama_dir), **options, output=tmp_path / "whole")
     add, asked = Store.add, []
 
     def killed(self: Store, row: dict[str, Any]) -> None:
@@ -315,7 +326,7 @@ def test_a_killed_run_goes_on(
         run_mmlu_pro(str(toy_llama_dir), **options, output=tmp_path / "killed")
     later: list[str] = []
     monkeypatch.setattr(Store, "add", lambda self, row: (later.append(row["question_id"]), add(self, row)))
-    resumed = run_mmlu_pro(str(toy_llama_dir), **options, output=tmp_path / "killed")
+    _, resumed = run_mmlu_pro(str(toy_llama_dir), **options, output=tmp_path / "killed")
     assert sorted(asked + later) == [str(n) for n in range(8)] and len(later) == 5
     assert resumed["figures"] == whole["figures"]
     by_id = [sorted(rows_in(tmp_path / name), key=lambda row: row["question_id"]) for name in ("whole", "killed")]
@@ -325,6 +336,123 @@ def test_a_killed_run_goes_on(
     later.clear()
     run_mmlu_pro(str(toy_llama_dir), **{**options, "max_new_tokens": 4}, output=tmp_path / "killed")
     assert len(later) == 8 and len(list((tmp_path / "killed").glob("*.jsonl"))) == 2
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, toy_llama_dir: Path) -> Path:
+    """A run with a checkpoint, by its config and an adapter, far enough from its base to say other things."""
+    from luthier.data.tokenizer import load_tokenizer
+    from luthier.models.adapter_files import save_adapter
+    from luthier.models.assemble import build_model
+
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    settings = {"base_model": str(toy_llama_dir), "datasets": [{"path": "none", "type": "completion"}],
+                "adapter": "lora", "lora_r": 4, "bf16": False, "output_dir": str(folder)}  # fmt: skip
+    config = Config.from_flat(settings)
+    model, _ = build_model(config, load_tokenizer(config), torch.device("cpu"), torch.float32)
+    (folder / "checkpoint-3").mkdir(parents=True)
+    (folder / "config.yaml").write_text(config.to_yaml())
+    for place, size in ((folder, 0.5), (folder / "checkpoint-3", 0.2)):
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=size)
+        save_adapter(model, place, base_model=str(toy_llama_dir), revision=None, adapter=config.adapter)
+    return folder
+
+
+def test_two_models_are_asked_and_compared_question_by_question(
+    run: Path, toy_llama_dir: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    csv = tmp_path / "r.csv"
+    ask = ["evaluate", str(run), "--benchmark", "mmlu_pro", "--data", str(folder), "--mode", "loglik"]
+    ask += ["--device", "cpu", "--dtype", "fp32", "--compare", "base", "--record", str(csv)]
+    opened, add, answered = [], Store.add, []
+    open_ = Which.open
+
+    def watched(self: Which, *where: Any) -> Any:
+        opened.append(self.name)
+        return open_(self, *where)
+
+    def killed(self: Store, row: dict[str, Any]) -> None:
+        if len(answered) == 11:  # three questions into the second model
+            raise KeyboardInterrupt
+        answered.append(row["question_id"])
+        add(self, row)
+
+    monkeypatch.setattr(Which, "open", watched)
+    monkeypatch.setattr(Store, "add", killed)
+    assert cli.main(ask) == 130 and not csv.exists()
+    monkeypatch.setattr(Store, "add", lambda self, row: (answered.append(row["question_id"]), add(self, row)))
+    capsys.readouterr()
+    assert cli.main([*ask, "--json"]) == 0
+    assert opened == ["run", "base"] * 2 and sorted(answered) == sorted([str(n) for n in range(8)] * 2)
+
+    result = json.loads(capsys.readouterr().out)
+    assert (result["target"], result["compare"]) == (str(run), str(toy_llama_dir))
+    sides = [rows_of(run / "evaluation" / result[name]) for name in ("rows", "rows_compare")]
+    scores = []
+    for (path, compared), rows in zip((("target", run), ("compare", toy_llama_dir)), sides, strict=True):
+        _, alone = run_mmlu_pro(str(compared), data=str(folder), mode="loglik", output=tmp_path / path, **CPU)
+        assert alone["figures"]["all"]["target"] == result["figures"]["all"][path]
+        by_id = {row["question_id"]: row for row in rows}
+        assert [row["logprobs"] for row in rows_of(tmp_path / path / alone["rows"])] == [
+            by_id[row["question_id"]]["logprobs"] for row in rows_of(tmp_path / path / alone["rows"])
+        ]
+        scores.append({name: row["right"] for name, row in by_id.items()})
+    assert sides[0][0]["logprobs"] != sides[1][0]["logprobs"]  # otherwise the adapter could be missing
+    groups = {"all": list(range(8)), "math": [0, 2, 4, 6], "computer science": [1, 3, 5, 7]}
+    for name, numbers in groups.items():
+        group = result["figures"]["all"] if name == "all" else result["figures"]["by"]["category"][name]
+        after, before = ([side[str(n)] for n in numbers] for side in scores)
+        found = group["difference"]["accuracy"]
+        assert found["value"] == pytest.approx((sum(after) - sum(before)) / len(numbers))
+        assert found["low"] <= found["value"] <= found["high"] and found["beyond_chance"] is False
+    assert [row["model"] for row in Record.open(csv, KEY).rows] == [str(run), str(toy_llama_dir)]
+
+    # Once more, as a table, from what is there.
+    monkeypatch.setattr(Store, "add", lambda *_: pytest.fail("asked twice"))
+    assert cli.main(ask) == 0
+    printed = capsys.readouterr().out
+    assert "base, accuracy" in printed and "No difference in accuracy beyond chance" in printed
+    assert len(Record.open(csv, KEY).rows) == 2
+
+
+def test_a_difference_beyond_chance_is_said() -> None:
+    base = {"category": "law", "options": 10, "shots": 5, "finish": "stop", "stage": 1}
+    base |= {"answer": "C", "answer_index": 2}
+    said = ("C" * 18 + "DD", "C" * 6 + "D" * 14)
+    sides = [[{**base, "prediction": letter} for letter in letters] for letters in said]
+    figures = figures_of(sides)
+    found = figures["all"]["difference"]["accuracy"]
+    before, after = ([row["prediction"] == "C" for row in rows] for rows in sides[::-1])
+    assert (found["low"], found["high"]) == bootstrap_difference(before, after)
+    assert found["value"] == pytest.approx(0.6) and found["beyond_chance"] and found["better"]
+    settings = {"mode": "cot", "shots": 5}
+    text = shown({"figures": figures, "names": {"target": "mine", "compare": "base"}, "settings": settings})
+    assert "mine is better than base by 60.0 points" in text and "+60.0" in text
+    assert figures_of(sides[::-1])["all"]["difference"]["accuracy"]["better"] is False
+
+
+def test_a_checkpoint_has_results_of_its_own(run: Path, folder: Path) -> None:
+    written = [
+        run_mmlu_pro(str(target), data=str(folder), mode="loglik", limit=1, **CPU)[0]
+        for target in (run, run / "checkpoint-3")
+    ]
+    assert written[1] == run / "evaluation" / "checkpoint-3" / written[0].name and written[0].is_file()
+
+
+def test_a_checkpoint_is_opened_on_the_base_as_it_was_stored_in_training(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied, ignore=shutil.ignore_patterns("evaluation"))
+    text = (copied / "config.yaml").read_text()
+    (copied / "config.yaml").write_text(text.replace("load_in_4bit: false", "load_in_4bit: true"))
+    for target in (copied, copied / "checkpoint-3"):
+        (which,) = which_models(str(target), None)
+        model = which.open(torch.device("cpu"), torch.float32)
+        assert identity(which, model)["dtype"] == precision_of(model) == "4 bits, float32"
 
 
 def test_other_weights_do_not_mix_in(toy_llama_dir: Path, folder: Path, tmp_path: Path) -> None:
@@ -404,14 +532,14 @@ def test_memory_that_runs_out_makes_smaller_batches(toy_llama_dir: Path, folder:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "_run", tight)
         patch.setattr(mmlu_pro, "cached_tokens", lambda model: 4000)
-        found = run_mmlu_pro(
+        _, found = run_mmlu_pro(
             str(toy_llama_dir), data=str(folder), max_new_tokens=2, output=tmp_path, **CPU
         )
-    assert found["figures"]["questions"] == 8 and failed[0] == 4 and sorted(failed, reverse=True) == failed
+    assert found["figures"]["all"]["rows"] == 8 and failed[0] == 4 and sorted(failed, reverse=True) == failed
 
 
 def test_bad_asks(toy_llama_dir: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mmlu_pro, "open_for_inference", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(Which, "open", lambda *_, **__: pytest.fail("the model was loaded"))
     other = tmp_path / "other.csv"
     other.write_text("name,age\nx,1\n")
     for options, error, message in (
@@ -422,6 +550,9 @@ def test_bad_asks(toy_llama_dir: Path, folder: Path, tmp_path: Path, monkeypatch
         ({"dtype": "int3"}, ConfigError, "--dtype"),
         ({"subjects": "astrology"}, ConfigError, "no such subject"),
         ({"data": str(tmp_path / "none.jsonl")}, DataError, "no such file"),
+        ({"compare": "base"}, ConfigError, "is no run"),
+        ({"compare": str(tmp_path)}, ModelError, "neither a run, an adapter nor a model"),
+        ({"output": other / "under-a-file"}, RunError, "cannot be written"),
         ({"record": other}, DataError, "no column `model`"),
         ({"record": tmp_path / "no" / "r.csv"}, DataError, "no folder"),
     ):

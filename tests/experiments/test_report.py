@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 
 from luthier.cli import main
+from luthier.evaluate.page import draw_again
+from luthier.experiments.beside import evaluation_tables
+from luthier.experiments.evaluations import NAMES
 from luthier.experiments.report import write_report
+from luthier.experiments.run_files import read_run
+from luthier.experiments.sections import without_template
 from luthier.train.checkpoint import State
 from luthier.train.metrics import Recorder
 from tests.experiments.conftest import FALLS, RISES, TRAIN, MakeRun, Page, curve, write_rows
@@ -67,9 +72,9 @@ def whole_run(make_run: MakeRun, name: str = "run", **keys: Any) -> Path:
               "ties": {"count": 0, "share": 0.0, "interval": [0.0, 0.3]},
               "losses": {"count": 2, "share": 0.25, "interval": [0.1, 0.6]}, "score": 0.75, "winner": "a",
               "score_interval": [0.55, 0.9], "flips": {"count": 2}, "complete": True}  # fmt: skip
-    benchmark = {"questions": 20, "accuracy": 0.25, "interval": [0.1, 0.4], "no_answer": 1,
-                 "categories": {"math": {"questions": 20, "accuracy": 0.25, "interval": [0.1, 0.4]}}}  # fmt: skip
-    tasks = {"exact_match": {"value": 0.25, "low": 0.15, "high": 0.35}}
+    right = {"rows": 20, "target": {"accuracy": {"value": 0.25, "low": 0.1, "high": 0.4}}}
+    benchmark = {"all": right, "by": {"category": {"math": right}}}
+    tasks = {"gsm8k": {"questions": 90, "target": {"exact_match": {"value": 0.25, "low": 0.15, "high": 0.35}}}}
     answers = [{"prompt": "Add 1 and 2.", "expected": "3", "compare": {"answer": "12"}, "target": {"answer": "3"}}]
     return make_run(
         name,
@@ -84,7 +89,7 @@ def whole_run(make_run: MakeRun, name: str = "run", **keys: Any) -> Path:
             "evaluation/judged.json": evaluation("judge", judged, judge="openai:judge-1"),
             "evaluation/mmlu.json": evaluation("mmlu_pro", benchmark, compare=None),
             "evaluation/arc.json": evaluation("another", {"arc_easy": {"acc": 0.61, "acc_norm": 0.58}}),
-            "evaluation/gsm8k.json": evaluation("harness", {"tasks": {"gsm8k": {"questions": 90, "target": tasks}}}),
+            "evaluation/gsm8k.json": evaluation("harness", {"tasks": tasks}, compare=None),
         },
         **keys,
     )
@@ -97,7 +102,7 @@ def page_of(folder: Path) -> Page:
 def test_all_that_a_run_holds_is_on_its_page(make_run: MakeRun):
     page = page_of(whole_run(make_run, val_set_size=0.1, lora_r=8))
     text = " ".join(page.text.split())
-    assert page.headings() == {"curves", "evaluations", "samples", "data", "config", "environment"}
+    assert page.headings() == {"curves", "evaluations", "beyond", "samples", "data", "config", "environment"}
     for piece in (
         "It learned and got better than its base and is preferred to its base, but overfitted from step 30 on.",
         "A LoRA adapter of rank 8 for org/base, trained on 80 documents of rows.jsonl, for 60 steps (3 epochs)",
@@ -115,8 +120,7 @@ def test_all_that_a_run_holds_is_on_its_page(make_run: MakeRun):
         "math 20 25.0% [10.0%, 40.0%]",
         "arc_easy 0.6100 0.5800",
         "Benchmarks: gsm8k",
-        "gsm8k 90",
-        "target 25.0% [15.0%, 35.0%]",
+        "gsm8k (90 questions) exact match 25.0% [15.0%, 35.0%]",
         "12 [cut off]",
         "100% at step 60",
     ):
@@ -192,7 +196,7 @@ def test_a_long_run_stays_small(make_run: MakeRun):
     path = write_report(make_run(metrics=rows, files={"samples.jsonl": samples}))
     assert path.stat().st_size < 1_000_000
     text = Page(path.read_text(encoding="utf-8")).text
-    assert "8 of 50 steps are shown; all are in samples.jsonl." in text
+    assert "7 of 50 steps are shown; all are in samples.jsonl." in text
     assert "12 of 20 prompts are shown" in text
     assert "60 of 400 evaluations are shown" in text
 
@@ -258,7 +262,78 @@ def test_several_runs_in_one_page(make_run: MakeRun, tmp_path: Path, capsys: pyt
     assert "lora_r 4 16" in text and "output_dir" not in text
     assert "Not finished: other/run." in text
     assert any("one/run from" in about and "other/run from" in about for about in page.charts())
-    assert "all · target · exact match 80.0% [79.0%, 81.0%] 90.0% [89.0%, 91.0%]" in text
+    base, own, others = "10.0% [9.0%, 11.0%]", "80.0% [79.0%, 81.0%]", "90.0% [89.0%, 91.0%]"
+    assert "Held-out data: validation their base one/run other/run" in text
+    assert f"exactly right answers {base} {own} {others}" in text
+    assert f"exactly right answers, by task their base one/run other/run adding {base} {own} {others}" in text
+
+
+def test_of_a_prompt_its_template_is_not_shown():
+    head = "Below is an instruction that describes a task. Write a response that completes it.\n\n### Instruction:\n"
+    more = "Below is an instruction that describes a task, with an input. Write a response that completes it.\n\n"
+    prompts = [
+        f"{head * 2}Name a city.\n\n### Response:\n",
+        f"{head * 2}Name a citrus fruit.\n\n### Response:\n",
+        f"{more * 2}### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response:\n",
+        f"{more * 2}### Instruction:\nSort.\n\n### Input:\n2, 1\n\n### Response:\n",
+        "What is a\nfish?",
+        "What is no\nfish?",
+    ]
+    assert without_template(prompts) == [
+        "… Name a city.",
+        "… Name a citrus fruit.",
+        "… Add.\n\n### Input:\n1, 2",
+        "… Sort.\n\n### Input:\n2, 1",
+        *prompts[4:],
+    ]
+    (long,) = without_template(["word " * 1000])
+    assert len(long) <= 302 and long.startswith("… ")
+
+
+def test_what_is_measured_by_the_same_name_is_set_side_by_side_whatever_kind_it_is(make_run: MakeRun):
+    def results(share: float, wins: int) -> dict[str, Any]:
+        model = {"accuracy": {"value": share, "low": share / 2, "high": share * 1.2}}
+        whole = {"rows": 20, "target": model}
+        judged = {"wins": {"count": wins}, "ties": {"count": 1}, "losses": {"count": 2}, "score": 0.5}
+        harness = {"gsm8k": {"questions": 9, "target": {"flexible_match": {"value": share, "low": None, "high": None}}}}
+        benchmark = {"all": whole, "by": {"category": {"math": whole, "law": whole}}}
+        return {
+            "evaluation/mmlu_pro.json": evaluation("mmlu_pro", benchmark, compare=None),
+            "evaluation/tasks.json": evaluation("harness", {"tasks": harness}, compare=None),
+            f"evaluation/judge-{wins}.json": evaluation("judge", judged, judge="judge-1", prompts="p.jsonl"),
+            "evaluation/own.json": evaluation("another", {"speed": {"tokens": wins * 100}}, compare=None),
+            f"evaluation/alone-{wins}.json": evaluation("another", {"speed": {"seen": 1}}, compare=None),
+        }
+
+    runs = [read_run(make_run(f"run-{wins}", curve(), results(0.25 * wins, wins))) for wins in (1, 3)]
+    rows = {row[0]: row[1:] for table in evaluation_tables(runs) for row in table.rows}
+    assert rows[NAMES.get("accuracy", "accuracy")] == ["25.0% [12.5%, 30.0%]", "75.0% [37.5%, 90.0%]"]
+    assert rows["law"] == ["25.0% [12.5%, 30.0%]", "75.0% [37.5%, 90.0%]"]
+    assert rows["gsm8k, flexible match"] == ["25.0%", "75.0%"]
+    assert rows["wins"] == ["1", "3"] and rows["score"] == ["50.0%", "50.0%"]
+    assert rows["speed · tokens"] == ["100", "300"]
+    assert "speed · seen" not in rows
+
+
+def test_an_evaluation_is_on_the_page_of_its_run_at_once(make_run: MakeRun, caplog: pytest.LogCaptureFixture):
+    """Where there is a page, and where the result is one of the run itself and lies in its folder."""
+    caplog.set_level("INFO", "luthier")
+    folder = make_run(metrics=curve())
+    page, result = folder / "report.html", folder / "evaluation" / "x.json"
+    draw_again(str(folder))
+    assert not page.exists()
+    write_report(folder)
+    result.parent.mkdir()
+    result.write_text(json.dumps(evaluation("data", compared((0.1, 0.8)))), encoding="utf-8")
+    draw_again(str(folder), folder.parent / "elsewhere")
+    draw_again("org/base")
+    assert "Not measured." in page.read_text(encoding="utf-8") and not caplog.messages
+    draw_again(f"{folder}/")
+    assert "Yes. On x: exactly right answers" in page.read_text(encoding="utf-8")
+    assert caplog.messages == [f"{page} holds this result now"]
+    page.write_text("mine", encoding="utf-8")
+    draw_again(str(folder))
+    assert page.read_text(encoding="utf-8") == "mine" and "no report was made" in caplog.messages[-1]
 
 
 def test_losses_of_other_data_are_not_ranked(make_run: MakeRun, tmp_path: Path):

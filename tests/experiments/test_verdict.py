@@ -100,7 +100,7 @@ def test_preferences_in_words(make_run: MakeRun, accuracy: float, margin: float,
     ("metrics", "files", "said"),
     [
         ([], {}, "Nothing has been logged yet."),
-        (curve([2.0])[:1], {}, "It is too early to tell."),
+        (curve([2.0])[:1], {}, "It is too early to tell. Unfinished: step 5."),
         (curve(TRAIN, RISES), {"environment.json": {"total_steps": 90}},
          "It learned, but overfitted from step 30 on. Unfinished: step 60 of 90."),
         (curve(TRAIN, FALLS), {"summary.json": DONE}, "It learned."),

@@ -97,6 +97,7 @@ KINDS: dict[str, dict[str, Any]] = {
         sample_prompts=["Add 1 and 2."],
         generation_max_new_tokens=4,
         eval_steps=3,
+        general_eval=True,
     ),
     "packed": dict(adapter=None, lora_r=None, sample_packing=True, sequence_len=128, num_epochs=9),
     "ranks": dict(lora_rank_budget=9000, peft_init_lora_weights="eva"),
@@ -172,6 +173,10 @@ def test_two_processes_make_the_run_of_one(make: Callable[..., Config], tmp_path
     assert row["computed_tokens"] < row["tokens"]
     one, two = ((tmp_path / f"shared-{n}" / "samples.jsonl").read_text() for n in (1, 2))
     assert one == two and len(one.splitlines()) == 2
+    found = [json.loads((tmp_path / f"shared-{n}" / "evaluation" / "general.json").read_text()) for n in (1, 2)]
+    for side in ("compare", "target"):
+        one, two = (result["figures"]["all"][side]["loss"]["value"] for result in found)
+        assert one == pytest.approx(two, abs=1e-5)
     state, _ = checkpoint.read_state(tmp_path / "lora-2" / "checkpoint-8")
     assert state.documents == 57
 

@@ -103,9 +103,10 @@ def test_a_loss_that_was_not_finite_is_named_when_it_is_read(
         loader, "locations", lambda self, step: named.extend(step.rows) or locations(self, step)
     )
     config = run_config(
-        max_steps=10, num_epochs=10, logging_steps=8, save_steps=2, max_tokens_per_pass=10_000
+        max_steps=10, num_epochs=10, logging_steps=2, save_steps=2, max_tokens_per_pass=10_000
     )
     with pytest.raises(RunError, match=r"loss is nan at step 4, .*rows\.jsonl:\d+.*checkpoint-2"):
         train(config)
     assert len(named) == 4 and far_device == [2, 2]
     assert [p.name for p in checkpoint.list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    assert "Unfinished: step 2 of 10." in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")

@@ -118,8 +118,10 @@ def test_a_signal_finishes_the_step_saves_and_ends_cleanly(
     done = len(losses(folder))
     assert [path.name for path in checkpoint.list_checkpoints(folder)] == [f"checkpoint-{done}"]
     assert not (folder / "adapter_model.safetensors").exists()
+    assert f"Unfinished: step {done} of 4,000." in (folder / "report.html").read_text(encoding="utf-8")
     train(run_config(**{**values, "max_steps": done + 2}))
     assert len(losses(folder)) == done + 2
+    assert "Unfinished" not in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_signal_before_the_first_step_is_one_message(

@@ -139,7 +139,7 @@ def test_a_report_that_cannot_be_drawn_costs_no_run(
     def fails(folder: Path) -> None:
         raise ZeroDivisionError("a flat axis")
 
-    monkeypatch.setattr("luthier.train.finish.write_report", fails)
+    monkeypatch.setattr("luthier.experiments.report.write_report", fails)
     assert train(run_config(max_steps=1)).finished
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "run" / "report.html").exists()

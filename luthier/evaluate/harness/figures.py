@@ -99,17 +99,20 @@ def _difference(
     """The target's figure minus the other's."""
     (value, error), (other, other_error) = (side.metrics[task][name] for side in sides)
     after, before = (_by_question(side, task, name) for side in sides)
-    found: dict[str, Any] = {"value": value - other, "better": (value > other) == higher_is_better}
+    low: float | None
+    high: float | None
     if before is not None and after is not None and len(before) == len(after):
         low, high = bootstrap_difference(before, after, seed=seed)
-        differing = int((before != after).sum())
-        return {**found, "low": low, "high": high, "beyond_chance": beyond_chance((low, high), differing)}
-    if error is None or other_error is None:
-        return {**found, "low": None, "high": None, "beyond_chance": False}
-    # Of a group there are no values by question: as if the questions had been different ones, which is too wide.
-    away = _Z * math.hypot(error, other_error)
-    low, high = found["value"] - away, found["value"] + away
-    return {**found, "low": low, "high": high, "beyond_chance": low > 0 or high < 0}
+        beyond = beyond_chance((low, high), int((before != after).sum()))
+    elif error is None or other_error is None:
+        low, high, beyond = None, None, False
+    else:
+        # Of a group there are no values by question: as if the questions had been different ones, which is too wide.
+        away = _Z * math.hypot(error, other_error)
+        low, high = value - other - away, value - other + away
+        beyond = low > 0 or high < 0
+    better = (value > other) == higher_is_better if beyond else None
+    return {"value": value - other, "low": low, "high": high, "beyond_chance": beyond, "better": better}
 
 
 def _by_question(side: Side, task: str, name: str) -> np.ndarray | None:

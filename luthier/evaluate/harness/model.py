@@ -8,8 +8,8 @@ published ones. What comes after is Luthier's: the answers to score are flat bat
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,13 +20,13 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import GenerationConfig
 
-from luthier.data.loader import Batch
-from luthier.data.packing import cut_into_passes
-from luthier.data.tree import cut_by_beginning, plain_forest, shared_forest
 from luthier.errors import DataError, RunError
 from luthier.evaluate.batches import cached_tokens, in_batches
+from luthier.evaluate.harness.passes import Scored, batch_of, cut_into
 from luthier.evaluate.measure import free_unused, is_out_of_memory
 from luthier.evaluate.progress import Progress
+from luthier.evaluate.results import digest
+from luthier.evaluate.store import Store
 from luthier.generate.engine import Engine
 from luthier.generate.sampling import Sampling
 from luthier.models.isolation import build_policy
@@ -40,34 +40,13 @@ NEW_TOKENS, WINDOW = 256, 2048
 _SAMPLING = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty")
 
 
-@dataclass(frozen=True)
-class Scored:
-    """Tokens of which the last `answer` are scored."""
-
-    ids: list[int]
-    answer: int
-
-    @property
-    def inputs(self) -> np.ndarray:
-        """What runs through the model: nothing is predicted from the last token."""
-        return np.asarray(self.ids[:-1], np.int64)
-
-
-@dataclass
-class _Answers:
-    """Of some documents: sums of log-probs, and whether the model would have chosen every token."""
-
-    logps: dict[int, float] = field(default_factory=dict)
-    greedy: dict[int, bool] = field(default_factory=dict)
-
-
 class HarnessModel(TemplateLM):
     """An opened model in the harness's terms.
 
     Args:
-        terminators: ids that end a text. tokens_per_pass: most tokens of a forward pass; None finds it from memory.
-        template_options: for the chat template, as in the run. label: what its bars are called. seed: of sampling,
-            where a task asks for it.
+        terminators: ids that end a text. store: where answers are kept as they come, and looked up first.
+        tokens_per_pass: most tokens of a forward pass; None finds it from memory. template_options: for the chat
+            template, as in the run. label: what its bars are called. seed: of sampling, where a task asks for it.
     """
 
     def __init__(
@@ -75,6 +54,7 @@ class HarnessModel(TemplateLM):
         model: Any,
         tokenizer: Any,
         terminators: Sequence[int],
+        store: Store,
         *,
         tokens_per_pass: int | None = None,
         template_options: dict[str, Any] | None = None,
@@ -85,6 +65,7 @@ class HarnessModel(TemplateLM):
         self.model = model
         self.tokenizer = tokenizer
         self.terminators = frozenset(terminators)
+        self.store = store
         self.tokens_per_pass = tokens_per_pass
         self.template_options = template_options or {}
         self.label = label
@@ -190,30 +171,35 @@ class HarnessModel(TemplateLM):
                     f"prompts that are longer than the model's context of {self.max_length} tokens lose their beginning"
                 )
             documents.append(Scored([*context, *answer][max(0, cut) :], len(answer)))
-        if not documents:
-            return []
-        found = self._score(documents)
-        return [(found.logps[index], found.greedy[index]) for index in range(len(documents))]
+        keys = [digest({"ids": document.ids, "answer": document.answer}) for document in documents]
+        self._say_known(keys)
+        waiting = {key: document for key, document in zip(keys, documents, strict=True) if key not in self.store.rows}
+        if waiting:
+            self._score(list(waiting), list(waiting.values()))
+        found = [(self.store.rows[key]["logp"], self.store.rows[key]["greedy"]) for key in keys]
+        if bad := sum(not math.isfinite(logp) for logp, _ in found):
+            log.warning(
+                "%s: %d of %d log-probs are infinite or no numbers, and figures of them mean nothing; in fp16 large "
+                "activations overflow: --dtype bf16 or fp32",
+                self.label,
+                bad,
+                len(found),
+            )
+        return found
 
     @torch.no_grad()
-    def _score(self, documents: Sequence[Scored]) -> _Answers:
+    def _score(self, keys: Sequence[str], documents: Sequence[Scored]) -> None:
         """All documents, in passes; one that memory does not hold is cut in two, and so are those after it."""
         inputs = [document.inputs for document in documents]
         policy = self._policy_for(max(map(len, inputs)))
         share = not policy.why_not_shared
         budget = self.tokens_per_pass or self._find_budget(policy, documents, inputs, share)
-        answers = _Answers()
         with Progress(f"{self.label}: scoring", len(documents)) as progress:
-            while waiting := [index for index in range(len(documents)) if index not in answers.logps]:
+            while waiting := [index for index in range(len(documents)) if keys[index] not in self.store.rows]:
                 some = [inputs[index] for index in waiting]
-                cut = (
-                    cut_by_beginning(some, budget)
-                    if share
-                    else cut_into_passes(list(map(len, some)), budget, alone=not policy.flat)
-                )
-                for places in cut:
+                for places in cut_into(some, budget, share=share, alone=not policy.flat):
                     rows = [waiting[place] for place in places]
-                    if not self._try_pass(policy, documents, rows, share, answers):
+                    if not self._try_pass(policy, [keys[row] for row in rows], [documents[row] for row in rows], share):
                         break
                     progress.advance(len(rows))
                 else:
@@ -226,25 +212,21 @@ class HarnessModel(TemplateLM):
                 free_unused(self._device)
                 budget = max(1, min(budget, sum(len(inputs[row]) for row in rows)) // 2)
                 log.warning("out of memory: going on with passes of up to %d tokens", budget)
-        return answers
 
-    def _try_pass(
-        self, policy: Policy, documents: Sequence[Scored], rows: Sequence[int], share: bool, answers: _Answers
-    ) -> bool:
+    def _try_pass(self, policy: Policy, keys: Sequence[str], documents: Sequence[Scored], share: bool) -> bool:
         """False where memory does not hold it."""
-        some = [documents[row] for row in rows]
         try:
-            batch, entries = batch_of(some, self._device, share=share)
+            batch, entries = batch_of(documents, self._device, share=share)
             logps, hits = (each.double().cpu().numpy()[entries] for each in policy(batch))
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             return False
         self.computed += len(batch.input_ids)
-        owner = np.repeat(np.arange(len(some)), [document.answer for document in some])
-        sums, right = (np.bincount(owner, each, minlength=len(some)) for each in (logps, hits))
-        for row, document, logp, chosen in zip(rows, some, sums.tolist(), right.tolist(), strict=True):
-            answers.logps[row], answers.greedy[row] = logp, chosen == document.answer
+        owner = np.repeat(np.arange(len(documents)), [document.answer for document in documents])
+        sums, right = (np.bincount(owner, each, minlength=len(documents)) for each in (logps, hits))
+        for key, document, logp, chosen in zip(keys, documents, sums.tolist(), right.tolist(), strict=True):
+            self.store.add({"key": key, "logp": logp, "greedy": chosen == document.answer})
         return True
 
     def _policy_for(self, longest: int) -> Policy:
@@ -260,7 +242,7 @@ class HarnessModel(TemplateLM):
             return max(map(len, inputs))
 
         def run_pass() -> int:
-            rows = (cut_by_beginning if share else _cut)(inputs, PROBE_TOKENS)[0]
+            rows = cut_into(inputs, PROBE_TOKENS, share=share)[0]
             batch, _ = batch_of([documents[row] for row in rows], self._device, share=share)
             policy(batch)
             return len(batch.input_ids)
@@ -309,25 +291,45 @@ class HarnessModel(TemplateLM):
             seed=self.seed,
             **{name: value for name in _SAMPLING if (value := asked.get(name)) is not None},
         )
-        ends = self.terminators | {self.eot_token_id} | set(self._special_ids(stop))
-        return self._in_batches([each[-room:] for each in ids], sampling, sorted(ends), on_done)
+        ends = sorted(self.terminators | {self.eot_token_id} | set(self._special_ids(stop)))
+        return self._in_batches([each[-room:] for each in ids], sampling, ends, on_done)
 
     def _in_batches(
         self, prompts: Sequence[list[int]], sampling: Sampling, ends: Sequence[int], on_done: Callable[[], None]
     ) -> list[str]:
-        engine = Engine(self.model, self.tokenizer, ends, max_cached_tokens=cached_tokens(self.model))
-        texts: dict[int, str] = {}
+        # A prompt that is sampled several times has as many answers; greedy ones would all be the same.
+        sampled = bool(sampling.do_sample)
+        places: dict[tuple[int, ...], list[str]] = {}
+        settings = {**vars(sampling), "ends": list(ends), "seed": sampling.seed if sampled else None}
+        keys = []
+        for ids in prompts:
+            times = places.setdefault(tuple(ids), [])
+            if sampled or not times:
+                times.append(digest({**settings, "ids": ids, "time": len(times)}))
+            keys.append(times[-1])
+        self._say_known(keys)
+        for key in keys:
+            if key in self.store.rows:
+                on_done()
+        # Draws depend on how often a prompt has been there: all times that it is sampled are asked for together.
+        asked = [(list(ids), key, times) for ids, times in places.items() for key in times]
 
         def ask(waiting: list[int]) -> None:
             def keep(place: int, completion: Any) -> None:
-                texts[waiting[place]] = self._text(completion.token_ids, sampling.stop)
-                on_done()
+                _, key, _ = asked[waiting[place]]
+                if key not in self.store.rows:
+                    self.store.add({"key": key, "text": self._text(completion.token_ids, sampling.stop)})
+                    on_done()
 
-            engine.generate([prompts[index] for index in waiting], sampling, on_done=keep)
+            engine.generate([asked[index][0] for index in waiting], sampling, on_done=keep)
 
+        def is_done(index: int) -> bool:
+            return all(key in self.store.rows for key in asked[index][2])
+
+        engine = Engine(self.model, self.tokenizer, ends, max_cached_tokens=cached_tokens(self.model))
         advice = "--dtype bf16 halves the weights, and fewer --shots make prompts shorter"
-        in_batches(engine, prompts, texts.__contains__, ask, advice)
-        return [texts[index] for index in range(len(prompts))]
+        in_batches(engine, [ids for ids, _, _ in asked], is_done, ask, advice)
+        return [self.store.rows[key]["text"] for key in keys]
 
     def _text(self, ids: Sequence[int], stop: Sequence[str]) -> str:
         """As the harness reads an answer: by itself, not as it goes on from its prompt."""
@@ -341,43 +343,11 @@ class HarnessModel(TemplateLM):
         special = {token.content: number for number, token in self.tokenizer.added_tokens_decoder.items()}
         return [special[string] for string in stop if string in special]
 
+    def _say_known(self, keys: Sequence[str]) -> None:
+        if known := sum(key in self.store.rows for key in keys):
+            log.info("%s: %d of %d requests were answered before", self.label, known, len(keys))
+
     def _say_once(self, text: str) -> None:
         if text not in self._said:
             self._said.add(text)
             log.warning("%s", text)
-
-
-def _cut(inputs: Sequence[np.ndarray], budget: int) -> list[list[int]]:
-    return cut_into_passes(list(map(len, inputs)), budget)
-
-
-def batch_of(documents: Sequence[Scored], device: torch.device, *, share: bool) -> tuple[Batch, np.ndarray]:
-    """Documents as one pass, and for each scored token, document by document, its place among the pass's labels.
-
-    With `share`, what documents begin with alike is there once. Answers of one token to one prompt are then that prompt
-    and nothing else.
-    """
-    inputs = [document.inputs for document in documents]
-    forest = shared_forest(inputs) if share else plain_forest([len(each) for each in inputs])
-    segments = list(zip(forest.owners, forest.starts, forest.lengths, strict=True))
-    scored = list(zip(documents, forest.places, strict=True))
-    places = np.concatenate([place[-document.answer :] for document, place in scored])
-    targets = np.concatenate([np.asarray(document.ids[-document.answer :], np.int64) for document in documents])
-    labels, entries = np.unique(places << 32 | targets, return_inverse=True)
-
-    def put(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(device)
-
-    batch = Batch(
-        input_ids=put(np.concatenate([inputs[owner][start : start + n] for owner, start, n in segments])),
-        position_ids=put(np.concatenate([np.arange(start, start + n) for _, start, n in segments])),
-        cu_seqlens=put(np.cumsum([0, *forest.lengths]).astype(np.int32)),
-        lengths=forest.lengths,
-        parents=forest.parents,
-        drawn=forest.lengths,
-        seeds=(0,) * len(forest.lengths),
-        position_N=put(labels >> 32),
-        target_N=put(labels & 0xFFFFFFFF),
-        weight_N=torch.ones(len(labels), device=device),
-    )
-    return batch, entries

@@ -3,6 +3,10 @@
 Tasks, prompts and scoring are the harness's; the model behind them is opened and run by Luthier (`model`).
 The tasks are loaded before the model is, so that a name that is not there or data that cannot be had is said at once.
 Two models are asked the same questions, one model after the other, and compared question by question.
+
+Every answer is written to disk as it comes, under a hash of the request's ids and settings: the same command goes on
+where it stopped, and what has been asked before, in whatever task, is not asked again. (The harness's own cache knows
+the text of a request only, not the weights nor what became of it, and holds pickles in a database.)
 """
 
 from __future__ import annotations
@@ -20,27 +24,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from luthier.config import Config
 from luthier.data.tokenizer import is_chat, terminator_ids
 from luthier.errors import ConfigError, LuthierError, RunError
 from luthier.evaluate.harness.figures import Side, figures_of, metrics_of, samples_of
 from luthier.evaluate.harness.tasks import load_tasks, topmost, words_of
 from luthier.evaluate.intervals import RESAMPLES
 from luthier.evaluate.measure import DTYPES, free_unused
+from luthier.evaluate.opened import Which, identity, which_models
 from luthier.evaluate.record import Record
-from luthier.evaluate.results import RUN_CONFIG, digest, results_folder, run_folder, write_results
-from luthier.generate.cli import asking_format
+from luthier.evaluate.results import digest, ready, results_folder, write_results
+from luthier.evaluate.store import Store
 from luthier.generate.engine import default_terminators
-from luthier.models.assemble import open_base, open_for_inference, tokenizer_for_inference
 from luthier.models.device import choose_device
 
 log = logging.getLogger("luthier")
 
 INSTALL = 'pip install "luthier[harness]"'
-BASE = "base"
 
 # Columns of the table of results that say what a row is of.
-KEY = ("model", "benchmark", "limit", "shots", "chat")
+KEY = ("model", "benchmark", "limit", "shots", "chat", "dtype")
 BENCHMARK = "lm-eval"
 
 
@@ -86,23 +88,22 @@ def run_harness(
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(f"--tasks needs lm-evaluation-harness, which is not installed: {INSTALL}")
     asked = Asked(limit, shots, chat)
+    if limit is not None and limit < 1:
+        raise ConfigError(f"--limit {limit}: at least 1 question of each task, or leave it out")
     if shots is not None and shots < 0:
         raise ConfigError(f"--shots {shots}: 0 or more worked examples")
     table = Record.open(Path(record).expanduser(), KEY) if record is not None else None
-    tokenizer = tokenizer_for_inference(target)
-    if compare == BASE:
-        _run_of(target)
-    elif compare is not None:
-        _check_chat(chat, compare, tokenizer_for_inference(compare))
-    _check_chat(chat, target, tokenizer)
+    models = which_models(target, compare)
+    for which in models if chat else ():
+        if not which.tokenizer.chat_template:
+            raise ConfigError(f"--chat: {which.name} has no chat template: leave it out")
     names, loaded = load_tasks(tasks, include_path)
+    folder = ready(results_folder(target, Path(output).expanduser() if output is not None else None))
     where = choose_device(device) if device is not None else None
-    sides = [_ask(target, None, loaded, asked, where, dtype, tokens_per_pass, seed)]
-    if compare is not None:
-        sides.append(_ask(compare, target, loaded, asked, where, dtype, tokens_per_pass, seed))
+    sides = [_ask(which, loaded, asked, folder, where, dtype, tokens_per_pass, seed) for which in models]
     figures = figures_of(sides, loaded["tasks"], seed)
     written = write_results(
-        results_folder(target, Path(output).expanduser() if output is not None else None),
+        folder,
         _file_name(names, asked, include_path),
         kind="harness",
         target=target,
@@ -128,41 +129,36 @@ def run_harness(
 # --- a model -----------------------------------------------------------------------------------------------
 
 
-def _check_chat(chat: bool, target: str, tokenizer: Any) -> None:
-    if chat and not tokenizer.chat_template:
-        raise ConfigError(f"--chat: {target} has no chat template: leave it out")
-
-
 def _ask(
-    which: str,
-    beside: str | None,
+    which: Which,
     loaded: Mapping[str, Any],
     asked: Asked,
+    folder: Path,
     device: torch.device | None,
     dtype: str,
     tokens_per_pass: int | None,
     seed: int,
 ) -> Side:
-    """Open one model and ask it everything. `beside`: whom it is compared with, whose base it may be."""
+    """Open one model, ask it what it has not answered before, and let it go."""
     from lm_eval.evaluator import simple_evaluate
 
     from luthier.evaluate.harness import model as harness_model
 
-    of_base = beside is not None and which == BASE
-    model, tokenizer, run = _open(which, beside, device, DTYPES[dtype])
-    config, entry = asking_format(which if not of_base else str(beside), tokenizer, run, raw=not asked.chat)
-    own = run or config
-    if asked.chat and run is not None and not is_chat(entry.type):
-        log.warning("%s was trained on rows of type %s, and is asked in its chat template", which, entry.type)
-    ends = {*terminator_ids(tokenizer, own), *default_terminators(model)}
-    name = _name_of_side(which, beside)
+    model = which.open(device, DTYPES[dtype])
+    config, entry = which.asking_format(raw=not asked.chat)
+    own = which.run or config
+    if asked.chat and which.run is not None and not is_chat(entry.type):
+        log.warning("%s was trained on rows of type %s, and is asked in its chat template", which.name, entry.type)
+    header = {"benchmark": BENCHMARK, **identity(which, model)}
+    store = Store(folder / f"harness-answers-{digest(header)[:8]}.jsonl", header)
     lm = harness_model.HarnessModel(
         model,
-        tokenizer,
-        sorted(ends),
+        which.tokenizer,
+        sorted({*terminator_ids(which.tokenizer, own), *default_terminators(model)}),
+        store,
         tokens_per_pass=tokens_per_pass,
         template_options=dict(own.data.chat_template_kwargs or {}),
-        label=name,
+        label=which.name,
         seed=seed,
     )
     try:
@@ -175,6 +171,9 @@ def _ask(
             fewshot_as_multiturn=asked.chat,
             bootstrap_iters=RESAMPLES,
         )
+    except KeyboardInterrupt:
+        log.warning("%d answers are in %s: the same command goes on from there", len(store.rows), store.path)
+        raise
     except LuthierError:
         raise
     except Exception as error:
@@ -183,39 +182,13 @@ def _ask(
         if harness_model.__file__ in files:
             raise
         raise RunError(f"--tasks: lm-evaluation-harness could not run them: {words_of(error)}") from error
-    described = {
-        "path": str(own.model.base_model) if of_base else which,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(lm.device),
-    }
+    finally:
+        store.close()
+    described = {"path": which.path, "dtype": header["dtype"], "device": str(lm.device), "answers": store.path.name}
+    place = lm.device
     del lm, model
-    free_unused(device or torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    return Side(name, metrics_of(results["results"]), samples_of(results["samples"]), described)
-
-
-def _open(
-    which: str, beside: str | None, device: torch.device | None, dtype: torch.dtype | None
-) -> tuple[Any, Any, Config | None]:
-    if beside is None or which != BASE:
-        return open_for_inference(which, device=device, dtype=dtype)
-    tokenizer, run = tokenizer_for_inference(beside), _run_of(beside)
-    return open_base(run, tokenizer, device=device, dtype=dtype), tokenizer, run
-
-
-def _run_of(target: str) -> Config:
-    folder = run_folder(target)
-    if folder is None:
-        raise ConfigError(
-            f"--compare base: {target} is no run, which would say what its base is; give the base's folder or name"
-        )
-    return Config.load(folder / RUN_CONFIG)
-
-
-def _name_of_side(which: str, beside: str | None) -> str:
-    if beside is not None and which == BASE:
-        return BASE
-    folder = Path(which).expanduser()
-    return folder.resolve().name if folder.exists() else which
+    free_unused(place)
+    return Side(which.name, metrics_of(results["results"]), samples_of(results["samples"]), described)
 
 
 # --- what is written ---------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from luthier.data.hub import notice_missing_network
 from luthier.errors import ConfigError, DataError
 
@@ -37,7 +39,7 @@ def load_tasks(tasks: str, include_path: str | Path | None) -> tuple[list[str], 
     manager = _manager(folder, include_defaults=True)
     names: list[str] = []
     for name in asked:
-        names += [each for each in _matches(manager, name) if each not in names]
+        names += [each for each in _matches(manager, name, folder) if each not in names]
     return names, _checked(_load(manager, names))
 
 
@@ -50,11 +52,17 @@ def _manager(folder: Path | None, include_defaults: bool) -> Any:
         raise ConfigError(f"--include_path {folder}: {words_of(error)}") from error
 
 
-def _matches(manager: Any, name: str) -> list[str]:
+def _matches(manager: Any, name: str, folder: Path | None) -> list[str]:
     if name.endswith((".yaml", ".yml")) and Path(name).expanduser().is_file():
         return [str(Path(name).expanduser())]
     if found := manager.match_tasks([name]):
         return list(found)
+    # The harness passes over files that it cannot read, and one of them may be what is meant.
+    for path in sorted(folder.rglob("*.y*ml")) if folder is not None else ():
+        try:
+            yaml.compose(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"--tasks {name}: no such task, and {path} cannot be read: {words_of(error)}") from error
     near = difflib.get_close_matches(name, manager.all_tasks, 5)
     hint = f"; near it: {', '.join(near)}" if near else ""
     raise ConfigError(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.data.conversations import ROLES
 from luthier.data.files import kind_of, read_file
 from luthier.errors import DataError, ModelError
 from luthier.evaluate.judge.store import Rows
@@ -68,8 +69,8 @@ class Side:
 
 
 def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
-    """Questions of a text file (one a line) or of rows with `prompt`, with `instruction` and `input`, or with
-    `messages`; repeated ones once.
+    """Questions of a text file (one a line) or of rows with `prompt` or `question`, with `instruction` and `input`, or
+    with `messages` or `conversations`; repeated ones once.
 
     Raises:
         DataError: no such file, nothing in it, or a row without a question.
@@ -83,7 +84,7 @@ def read_prompts(path: Path, limit: int | None = None) -> list[Prompt]:
     if not prompts:
         raise DataError(f"{path}: there is no prompt in it")
     if repeated:
-        log.info("%s: %d prompts are repeated; each is asked once", path, repeated)
+        log.info("%s: repeated prompts, each of which is asked once: %d", path, repeated)
     found = list(prompts.values())
     if limit is not None and limit < len(found):
         log.info("%s: the first %d of %d prompts", path, limit, len(found))
@@ -97,7 +98,7 @@ def _rows_of(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
     kind = kind_of(path)
     if kind is None:
         try:
-            lines = path.read_text(encoding="utf-8").split("\n")
+            lines = path.read_text(encoding="utf-8-sig").split("\n")  # Windows marks the beginning of a file
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not valid UTF-8 ({error.reason}). Save the file as UTF-8") from error
         for number, line in enumerate(lines, start=1):
@@ -111,14 +112,18 @@ def _rows_of(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
 
 
 def _prompt_of(row: dict[str, Any], where: str) -> Prompt:
-    prompt, system = row.get("prompt", row.get("instruction")), row.get("system")
-    messages = prompt if isinstance(prompt, list) else row.get("messages") if prompt is None else None
+    there = {name: value for name, value in row.items() if value is not None}  # what a table says by null
+    prompt = next((there[name] for name in ("prompt", "question", "instruction") if name in there), None)
+    system = there.get("system")
+    messages = prompt if isinstance(prompt, list) else None
+    if prompt is None:
+        messages = there.get("messages", there.get("conversations"))
     if messages is not None:
         return _conversation(messages, where)
     if not isinstance(prompt, str) or not prompt.strip():
         raise DataError(
-            f"{where}: a row needs a text under prompt, or instruction and input, or a conversation under messages; "
-            f"this one has {', '.join(row) or 'nothing'}"
+            f"{where}: a row needs a text under prompt or question, or instruction and input, or a conversation under "
+            f"messages or conversations; this one has {', '.join(there) or 'nothing'}"
         )
     added = row.get("input") or ""
     if not isinstance(added, str) or not isinstance(system, str | None):
@@ -128,11 +133,9 @@ def _prompt_of(row: dict[str, Any], where: str) -> Prompt:
 
 
 def _conversation(messages: Any, where: str) -> Prompt:
-    if not isinstance(messages, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
-    ):
-        raise DataError(f"{where}: messages must be a list of objects with role and content, both text")
-    turns = list(messages)
+    if not isinstance(messages, list):
+        raise DataError(f"{where}: a conversation must be a list of messages")
+    turns = [_turn(message, where) for message in messages]
     while turns and turns[-1]["role"] == "assistant":  # the answers of the data, not asked for here
         turns.pop()
     if not turns or turns[-1]["role"] != "user":
@@ -144,6 +147,16 @@ def _conversation(messages: Any, where: str) -> Prompt:
     else:
         question = "\n\n".join(f"{turn['role']}: {turn['content'].strip()}" for turn in turns)
     return Prompt(question, turns[-1]["content"], "", system, tuple(turns))
+
+
+def _turn(message: Any, where: str) -> dict[str, Any]:
+    """A message as chat templates take it; ShareGPT's names of its parts and roles are known."""
+    if isinstance(message, dict):
+        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        if isinstance(role, str) and isinstance(content, str):
+            named = {name: value for name, value in message.items() if name not in ("from", "value")}
+            return {**named, "role": ROLES.get(role, role), "content": content}
+    raise DataError(f"{where}: each message must be an object with role and content (or from and value), both text")
 
 
 def _with_system(question: str, system: str | None) -> str:
@@ -181,6 +194,11 @@ def model_names(target: str) -> list[str]:
         names.append(name)
         target = _base_of(Path(name)) or ""
     return names
+
+
+def is_base_of(model: str, tuned: str) -> bool:
+    """Whether the one was trained from the other, however its path is spelled."""
+    return model_names(tuned)[1:2] == [_resolved(model)]
 
 
 def _resolved(name: str) -> str:
@@ -242,20 +260,27 @@ def answers_of(side: Side, prompts: Sequence[Prompt], kept: Path, max_new_tokens
 def _answers_of_file(side: Side, prompts: Sequence[Prompt]) -> Answers:
     path = Path(side.target).expanduser()
     said: dict[str, str] = {}
+    null: set[str] = set()
     for where, row in _rows_of(path):
-        answer = row.get("answer", row.get("output"))
         if row.get("skipped"):
             continue
-        if not isinstance(answer, str):
-            raise DataError(f"{where}: a row of answers needs a text under answer; this one has {', '.join(row)}")
-        question = _prompt_of(row, where).question
+        name = next((name for name in ("answer", "output") if name in row), None)
+        if name is None or not isinstance(row[name], str | None):
+            raise DataError(
+                f"{where}: a row of answers needs a text under answer or output; this one has {', '.join(row)}"
+            )
+        question, answer = _prompt_of(row, where).question, row[name]
+        if answer is None:
+            null.add(question)
+            continue
         if said.setdefault(question, answer) != answer:
             raise DataError(f"{where}: this prompt has another answer further up; keep one of the two")
     wanted = {p.question for p in prompts}
     if spare := len(said.keys() - wanted):
         log.info("%s: %d answers belong to none of the prompts and are not used", side.target, spare)
     there = {question: answer for question, answer in said.items() if question in wanted}
-    return Answers(there, dict.fromkeys(wanted - said.keys(), "not in the file"))
+    missing = wanted - said.keys()
+    return Answers(there, {question: "null" if question in null else "not in the file" for question in missing})
 
 
 def _content(prompt: Prompt) -> list[Any]:

@@ -1,7 +1,7 @@
 """A judge behind an OpenAI-compatible endpoint (`POST .../chat/completions`), at temperature 0.
 
 Servers differ in what they take and fail in many ways. What one refuses (a JSON schema, a temperature, the name of the
-limit on tokens) is left out from then on, which is said once; what fails for a while (429, 5xx, timeouts, broken
+limit on tokens) is left out from then on, which is said; what fails for a while (429, 5xx, timeouts, broken
 connections, an answer that is no verdict) is tried again with growing waits, a bounded number of times. The standard
 library's client is enough for that, and no redirect is followed: the key goes to the address that was named.
 """
@@ -24,7 +24,7 @@ from typing import Any
 
 from luthier.errors import RunError
 from luthier.evaluate.judge.budget import Purse, Use
-from luthier.evaluate.judge.question import SCHEMA, UnusableVerdict, Verdict, read_verdict
+from luthier.evaluate.judge.question import SCHEMA, UnusableVerdict, Verdict, read_verdict, shortened
 
 log = logging.getLogger("luthier")
 
@@ -81,7 +81,7 @@ class _Adapted(Exception):
 class _Dialect:
     """What the server takes."""
 
-    form: str = "json_schema"  # then json_object, then none: the message asks for JSON anyway
+    form: str = "json_schema"  # then json_object, then nothing: the message asks for JSON anyway
     limit: str = "max_tokens"
     temperature: bool = True
     swapped: bool = False  # `limit` is no longer what it began with
@@ -115,7 +115,9 @@ class Endpoint:
         self.retries, self.timeout, self.most_out = retries, timeout, most_out
         self.stop = threading.Event()
         self._key = key
-        self._dialect = _Dialect(limit="max_completion_tokens" if self.url == OPENAI else "max_tokens")
+        self._fullest = _Dialect(limit="max_completion_tokens" if self.url == OPENAI else "max_tokens")
+        self._dialect = self._fullest
+        self._sure = False  # that the server takes the dialect's form, or refuses for other reasons
         self._lock = threading.Lock()
         self._not_before = 0.0  # after a 429 all threads wait
         self._open = urllib.request.build_opener(_NoRedirects).open
@@ -132,7 +134,7 @@ class Endpoint:
             while True:
                 try:
                     verdict = self._attempt(text)
-                except _Adapted:  # bounded, since each leaves one thing out
+                except _Adapted:  # bounded: each leaves one thing out, and only once is anything taken in again
                     continue
                 except _Failed as failure:
                     used += failure.used
@@ -153,9 +155,9 @@ class Endpoint:
     def _wait_after(self, failure: _Failed, attempt: int) -> None:
         wait = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1)) * random.uniform(0.8, 1.2)
         if failure.wait is not None:
-            wait = failure.wait
             with self._lock:
-                self._not_before = max(self._not_before, time.monotonic() + wait)
+                self._not_before = max(self._not_before, time.monotonic() + failure.wait)
+            wait = max(wait, failure.wait)  # a server that always says 0 is not asked without a pause
         log.info("the judge: %s; attempt %d of %d in %.1f s", failure, attempt + 1, self.retries + 1, wait)
         if self.stop.wait(wait):
             raise Stopped
@@ -174,6 +176,7 @@ class Endpoint:
             used = Use()  # a server that answers with an error bills nothing
             if status == 200:
                 used = _usage(body)
+                self._settle_on(dialect)
                 return self._verdict(body, used or most)
             raise self._refusal(status, headers, body, dialect)
         except (OSError, http.client.HTTPException) as error:
@@ -232,12 +235,12 @@ class Endpoint:
         try:
             response = json.loads(body)
             (choice, *_) = response["choices"]
-            content = choice["message"].get("content")
+            content = _text_of(choice["message"].get("content"))
             refusal = choice["message"].get("refusal")
         except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-            raise _Unusable(f"its response is no chat completion: {_short(body)}") from error
+            raise _Unusable(f"its response is no chat completion: {shortened(body, 200)}") from error
         if refusal or not isinstance(content, str):
-            raise _Unusable(f"it refused: {_short(str(refusal))}" if refusal else "its message has no text")
+            raise _Unusable(f"it refused: {shortened(str(refusal), 200)}" if refusal else "its message has no text")
         try:
             verdict = read_verdict(content)
         except UnusableVerdict as error:
@@ -251,7 +254,7 @@ class Endpoint:
     def _refusal(self, status: int, headers: Any, body: str, dialect: _Dialect) -> Exception:
         """What an error of the server's means."""
         said = _message(body)
-        shown = f"it answers {status}" + (f" ({_short(said)})" if said else "")
+        shown = f"it answers {status}" + (f" ({shortened(said, 200)})" if said else "")
         lowered = said.lower()
         if status == 429 and "insufficient_quota" in body:
             return RunError(f"{self.url}: the account has no credit left: {said[:300]}")
@@ -268,23 +271,38 @@ class Endpoint:
             return RunError(f"{self.url}: it redirects to {headers.get('Location')}; give that address if it is right")
         if status in (404, 405):
             return RunError(f"{self.url}: no such address, or no model {self.model!r} there: {shown}")
-        if status in (400, 422) and (adapted := _without(dialect, lowered)) is not None:
-            self._adapt(dialect, adapted, said)
+        if status in (400, 422) and self._adapt(dialect, lowered):
             return _Adapted()
         return _Failed(shown, again=False)
 
-    def _adapt(self, before: _Dialect, after: _Dialect, said: str) -> None:
+    def _settle_on(self, dialect: _Dialect) -> None:
+        """The server takes this dialect: from now on a refusal that names nothing is about the pair."""
+        with self._lock:
+            if not self._sure:
+                self._dialect, self._sure = dialect, True
+
+    def _adapt(self, before: _Dialect, said: str) -> bool:
+        """Leave out what a refusal is about: what it names, or, as long as the server has answered nothing, the form,
+        which some servers refuse without a word about it. False: it is about none of these."""
         with self._lock:
             if self._dialect != before:  # another thread was first
-                return
+                return True
+            after = _without(before, said)
+            if after is None and not self._sure and "context length" not in said:
+                after = _plainer(before)
+                if after is None:  # it was not the form
+                    self._dialect, self._sure = self._fullest, True
+            if after is None:
+                return False
             self._dialect = after
         if not after.temperature and before.temperature:
             log.warning("the judge takes no temperature: its verdicts may differ from one time to the next")
         elif after.form != before.form:
-            log.info("the judge takes no %s; going on with %s", before.form, after.form)
+            log.info("the judge takes no %s; going on with %s", before.form, after.form or "the words of the question")
         else:
             log.info("the judge takes no %s; going on with %s", before.limit, after.limit)
         log.debug("it said: %s", said)
+        return True
 
 
 def _without(dialect: _Dialect, said: str) -> _Dialect | None:
@@ -297,9 +315,21 @@ def _without(dialect: _Dialect, said: str) -> _Dialect | None:
         other = "max_tokens" if dialect.limit == "max_completion_tokens" else "max_completion_tokens"
         return replace(dialect, limit=other, swapped=True)
     if any(word in said for word in ("response_format", "json_schema", "json_object", "schema", "grammar", "guided")):
-        following = {"json_schema": "json_object", "json_object": "none"}.get(dialect.form)
-        return replace(dialect, form=following) if following else None
+        return _plainer(dialect)
     return None
+
+
+def _plainer(dialect: _Dialect) -> _Dialect | None:
+    """The dialect with the next weaker form of an answer; None: it asks for none."""
+    following = {"json_schema": "json_object", "json_object": ""}.get(dialect.form)
+    return None if following is None else replace(dialect, form=following)
+
+
+def _text_of(content: Any) -> Any:
+    """A message's text, which some servers give in pieces, reasoning apart."""
+    if not isinstance(content, list):
+        return content
+    return "".join(piece["text"] for piece in content if piece["type"] == "text")
 
 
 def _usage(body: str) -> Use | None:
@@ -345,8 +375,3 @@ def _named(error: Exception, timeout: float) -> str:
     if isinstance(reason, http.client.IncompleteRead | http.client.RemoteDisconnected):
         return "the connection broke off"
     return f"{getattr(reason, 'strerror', None) or reason}"
-
-
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 200 else text[:197] + "..."

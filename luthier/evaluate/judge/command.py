@@ -7,8 +7,10 @@ in JSONL files in the results' folder as soon as it is there, and is never done 
 
 from __future__ import annotations
 
+import json
 import logging
 import re
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +18,15 @@ from typing import Annotated, Any
 import typer
 
 from luthier.errors import ConfigError, DataError, LuthierError
-from luthier.evaluate.judge.answers import Answers, Prompt, Side, answers_of, open_side, read_prompts
+from luthier.evaluate.judge.answers import (
+    Answers,
+    Prompt,
+    Side,
+    answers_of,
+    is_base_of,
+    open_side,
+    read_prompts,
+)
 from luthier.evaluate.judge.budget import Purse, Use
 from luthier.evaluate.judge.client import Endpoint
 from luthier.evaluate.judge.human import ask_person, human_tasks
@@ -30,9 +40,10 @@ from luthier.evaluate.judge.name import (
     own_judge,
 )
 from luthier.evaluate.judge.question import CRITERIA, FORM, LOCAL_FORM
-from luthier.evaluate.judge.rounds import Pair, Round, Task, ask_all, tasks_of
+from luthier.evaluate.judge.rounds import Pair, Round, Task, Terminated, ask_all, ended_by_sigterm, tasks_of
 from luthier.evaluate.judge.store import Rows
-from luthier.evaluate.judge.tally import figures_of, lines_of, pair_row
+from luthier.evaluate.judge.tally import figures_of, lines_of, many, pair_row
+from luthier.evaluate.page import draw_again
 from luthier.evaluate.results import digest, results_folder, write_results
 
 log = logging.getLogger("luthier")
@@ -77,6 +88,7 @@ def command(
         bool, typer.Option("--allow-self-judging", help="Let a model judge its own answers.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Draws the order in which a person sees pairs and answers.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no table.")] = False,
 ) -> int:
     """Compare the answers of A and B, pair by pair, by a judge: a model behind an endpoint, a local one, or a person.
 
@@ -84,6 +96,8 @@ def command(
     wait or failed (the same command goes on with them).
     """
     name = judge_name(judge, human)
+    if as_json and name.is_human:
+        raise ConfigError("--json: with --human the terminal is the person's; the results' folder has the same JSON")
     prices = price_in, price_out
     limits = limits_of(name, max_cost, max_tokens_total, prices, parallel, retries, timeout, judge_tokens)
     key = api_key(name, api_key_env)
@@ -92,18 +106,21 @@ def command(
     sides = open_side(a), open_side(b)
     if _key_of(sides[0]) == _key_of(sides[1]):
         raise ConfigError(f"A and B are both {a}: there is nothing to compare")
-    for side in sides:
-        if not allow_self_judging and (shared := own_judge(name, side)):
-            raise ConfigError(
-                f"--judge {judge}: {side.target} is, or was made from, the judge or its base ({shared}), and models "
-                "prefer their own answers. Choose another judge, or add --allow-self-judging"
-            )
+    kin = [(side.target, shared) for side in sides if (shared := own_judge(name, side))]
+    if kin and not allow_self_judging:
+        target, shared = kin[0]
+        raise ConfigError(
+            f"--judge {judge}: {target} is, or was made from, the judge or its base ({shared}), and models prefer "
+            "their own answers. Choose another judge, or add --allow-self-judging"
+        )
+    for target, shared in kin:
+        log.warning("%s is, or was made from, the judge or its base (%s): this says less", target, shared)
     folder = results_folder(a, output.expanduser() if output else None)
     pairs, unanswered = _pairs(sides, questions, folder, max_new_tokens)
-    stem = f"judge-verdicts-{_slug(name.model)}-{digest(name.key)[:6]}"
+    store = folder / f"judge-verdicts-{_slug(name.model)}-{digest(name.key)[:6]}.jsonl"
     parts = [*map(_key_of, sides), name.key, standard, str(prompts.resolve())]
-    result = f"judge-{_slug(b)}-by-{_slug(name.model)}-on-{_slug(prompts.stem)}-{digest(parts)[:6]}"
-    with Rows(folder / f"{stem}.jsonl") as rows:
+    stem = f"judge-{_slug(b)}-by-{_slug(name.model)}-on-{_slug(prompts.stem)}-{digest(parts)[:6]}"
+    with Rows(store) as rows:
         verdicts: dict[str, Mapping[str, Any]] = {row["key"]: row for row in rows.stored if "choice" in row}
         if name.is_human:
             order = human_tasks([pair for pair in pairs if not pair.identical], standard, verdicts, seed)
@@ -113,18 +130,27 @@ def command(
             tasks = {pair: tasks_of(pair, name.key, standard, form) for pair in pairs}
         todo = [task for pair, own in tasks.items() for task in own if task.key not in verdicts and not pair.identical]
         _say_what_is_stored(tasks, verdicts, todo)
-        outcome, use, ended = _judge(name, key, limits, standard, tasks, todo, rows, verdicts)
+        outcome = Round()
+        use, ended = _judge(name, key, limits, standard, tasks, todo, rows, verdicts, outcome)
     found = [pair_row(pair, own, verdicts, outcome.failed) for pair, own in tasks.items()]
     figures = figures_of(found, unanswered) | _spent(use, limits.price)
-    if not ended or figures["counted"] + figures["flips"]["count"] + figures["wavered"]["count"]:
-        path, _ = write_results(
-            folder, result, kind="judge", target=a, compare=b, figures=figures, rows=found,
+    if not ended or any(row["verdicts"] for row in found):
+        path, result = write_results(
+            folder, stem, kind="judge",
+            target=a, compare="base" if is_base_of(b, a) else b, figures=figures, rows=found,
             judge=name.model, criteria=standard, prompts=str(prompts), orders=1 if name.is_human else 2,
-            verdicts=f"{stem}.jsonl",
+            verdicts=store.name, self_judging=bool(kin),
         )  # fmt: skip
-        print("\n".join(["", *lines_of(figures, a, b, orders=1 if name.is_human else 2)]))
-        _say_spending(use, limits)
-        print(f"{path} and its .jsonl hold every verdict")
+        if as_json:
+            print(json.dumps(result, indent=2, ensure_ascii=False))
+        else:
+            print("\n".join(["", *lines_of(figures, a, b, orders=1 if name.is_human else 2)]))
+            _say_spending(use, limits)
+            print(f"{path} and its .jsonl hold every verdict")
+        draw_again(a, output.expanduser() if output else None)
+    if isinstance(ended, Terminated):
+        log.warning("stopped by SIGTERM; the same command goes on from there")
+        raise SystemExit(128 + signal.SIGTERM)
     if ended is not None:
         raise ended
     return 0 if figures["complete"] else INCOMPLETE
@@ -139,44 +165,48 @@ def _judge(
     todo: Sequence[Task],
     rows: Rows,
     verdicts: dict[str, Mapping[str, Any]],
-) -> tuple[Round, Use, BaseException | None]:
-    """Ask for what is to be done: what came of it, what all verdicts of these pairs have used, and the error or Ctrl-C
-    that ended it early, which is for later: what was judged before is shown first."""
+    outcome: Round,
+) -> tuple[Use, BaseException | None]:
+    """Ask for what is to be done, and note in `outcome` what came of it. Gives what all verdicts of these pairs have
+    used, and the error or signal that ended it early, which is for later: what was judged before is shown first."""
     keys = {task.key for own in tasks.values() for task in own}
     spent = Use()
     for row in rows.stored:
         if row.get("key") in keys and name.kind == "endpoint":
             spent += Use(row.get("tokens_in", 0), row.get("tokens_out", 0))
     purse = Purse(limits.price, limits.max_cost, limits.max_tokens, spent)
-    outcome = Round()
+    ended: BaseException | None = None
     try:
-        if not todo:
-            pass
-        elif name.is_human:
-            ask_person(todo, criteria, rows, verdicts)
-        elif name.kind == "local":
-            from luthier.evaluate.judge.local import LocalJudge
+        with ended_by_sigterm():
+            if not todo:
+                pass
+            elif name.is_human:
+                ask_person(todo, criteria, rows, verdicts)
+            elif name.kind == "local":
+                from luthier.evaluate.judge.local import LocalJudge
 
-            outcome = ask_all(todo, LocalJudge(name.model).ask, name.model, rows, verdicts)
-        else:
-            endpoint = Endpoint(
-                name.url, name.model, key, purse,
-                retries=limits.retries, timeout=limits.timeout, most_out=limits.judge_tokens,
-            )  # fmt: skip
-            threads = min(limits.threads, len(todo))
-            outcome = ask_all(
-                todo, endpoint.ask, name.model, rows, verdicts, threads=threads, stop=endpoint.stop
-            )  # fmt: skip
+                ask_all(todo, LocalJudge(name.model).ask, name.model, rows, verdicts, outcome)
+            else:
+                endpoint = Endpoint(
+                    name.url, name.model, key, purse,
+                    retries=limits.retries, timeout=limits.timeout, most_out=limits.judge_tokens,
+                )  # fmt: skip
+                threads = min(limits.threads, len(todo))
+                ask_all(
+                    todo, endpoint.ask, name.model, rows, verdicts, outcome, threads=threads, stop=endpoint.stop
+                )  # fmt: skip
     except (LuthierError, KeyboardInterrupt) as error:
-        return outcome, purse.spent, error
+        ended = error
     if outcome.capped:
         log.warning("stopped at the cap: the next request could go beyond it. A higher one goes on from here")
+    if outcome.wordless:
+        log.warning("of %d verdicts %d came without an argument", outcome.asked, outcome.wordless)
     if purse.unreported:
         log.warning(
             "of %d requests the judge did not say what they used; they are counted with the most that they can have",
             purse.unreported,
         )
-    return outcome, purse.spent, None
+    return purse.spent, ended
 
 
 def _criteria(given: str | None) -> str:
@@ -243,8 +273,8 @@ def _say_what_is_stored(
     tasks: Mapping[Pair, Sequence[Task]], verdicts: Mapping[str, Any], todo: Sequence[Task]
 ) -> None:
     known = sum(task.key in verdicts for pair, own in tasks.items() for task in own if not pair.identical)
-    stored = f"; {known} verdicts are stored" if known else ""
-    log.info("%d pairs%s; %d verdicts to ask for", len(tasks), stored, len(todo))
+    stored = f"; stored: {many(known, 'verdict')}" if known else ""
+    log.info("%s%s; to ask for: %s", many(len(tasks), "pair"), stored, many(len(todo), "verdict"))
 
 
 def _spent(use: Use, price: tuple[float, float] | None) -> dict[str, Any]:

@@ -7,9 +7,10 @@ once, and the same command goes on with the rest.
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 from luthier.evaluate.judge.question import FIRST, SECOND, TIE
 from luthier.evaluate.judge.rounds import Pair, Task, tasks_of, verdict_row
@@ -36,36 +37,30 @@ def human_tasks(
     return [(pair, tasks) for _, pair, tasks in sorted(found, key=lambda each: each[0])]
 
 
-def ask_person(
-    tasks: Sequence[Task],
-    criteria: str,
-    rows: Rows,
-    verdicts: dict[str, Mapping[str, Any]],
-    source: TextIO | None = None,
-) -> bool:
-    """Show each pair and store what the person says. False: they stopped before the end (q, or the end of input)."""
-    source = source or sys.stdin
+def ask_person(tasks: Sequence[Task], criteria: str, rows: Rows, verdicts: dict[str, Mapping[str, Any]]) -> None:
+    """Show each pair and store what the person says, until they stop (q, or the end of input)."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a stray byte is a wrong key, or a blot in a reason
     if tasks:
         print(f"{criteria}\n\n{HELP}")
     for number, task in enumerate(tasks, start=1):
         first, second = (task.pair.a, task.pair.b) if task.a_first else (task.pair.b, task.pair.a)
         print(f"\n===== {number} of {len(tasks)} =====\n{visible(task.pair.question)}")
         print(f"\n----- answer 1 -----\n{visible(first)}\n\n----- answer 2 -----\n{visible(second)}\n")
-        said = _reply(source)
+        said = _reply()
         if said is None:
-            return False
+            return
         choice, reason = said
         row = verdict_row(task, HUMAN, choice, reason)
         rows.append(row)
         verdicts[task.key] = row
-    return True
 
 
-def _reply(source: TextIO) -> tuple[int, str] | None:
+def _reply() -> tuple[int, str] | None:
     """The choice and the reason; None: stop."""
     while True:
         print("better (1, 2, 0, q): ", end="", flush=True)
-        line = source.readline()
+        line = sys.stdin.readline()
         if not line or line.strip().lower() in ("q", "quit"):
             print()
             return None

@@ -80,6 +80,8 @@ def own_judge(name: JudgeName, side: Side) -> str | None:
         return next((each for each in sorted(side.names) if each.casefold() in own), None)
 
     def short(model: str) -> str:
+        # OpenAI calls what it has tuned `ft:BASE:WHOSE:...`; Ollama and others call a model itself `NAME:latest`.
+        model = model.split(":")[1] if model.startswith("ft:") else model.removesuffix(":latest")
         return undated(model.rstrip("/").rpartition("/")[2].casefold())
 
     return next((each for each in sorted(side.names) if short(each) == short(name.model)), None)

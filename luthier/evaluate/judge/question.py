@@ -43,8 +43,8 @@ SCHEMA: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """`choice`: 0 a tie, 1 or 2 the better answer in the order in which they were shown. Tokens: those of all attempts
-    to get it. `model`: which one the server says has answered."""
+    """`choice`: 0 a tie, 1 or 2 the better answer in the order in which they were shown. `argument`: empty if the judge
+    gave none. Tokens: those of all attempts to get it. `model`: which one the server says has answered."""
 
     choice: int
     argument: str
@@ -78,12 +78,12 @@ def read_verdict(text: str) -> Verdict:
     """
     candidates = [found for found in _objects(text) if "choice" in found]
     if not candidates:
-        raise UnusableVerdict(f"no JSON object with a choice in {_short(text)}")
-    choice, argument = candidates[-1]["choice"], candidates[-1].get("argument", "")
+        raise UnusableVerdict(f"no JSON object with a choice in {shortened(text)!r}")
+    choice, argument = candidates[-1]["choice"], candidates[-1].get("argument") or ""
     if isinstance(choice, str) and choice.strip() in ("0", "1", "2"):
         choice = int(choice)
     if isinstance(choice, bool) or choice not in (TIE, FIRST, SECOND):
-        raise UnusableVerdict(f"the choice is {_short(json.dumps(choice))}, and not 0, 1 or 2")
+        raise UnusableVerdict(f"the choice is {shortened(json.dumps(choice))}, and not 0, 1 or 2")
     return Verdict(int(choice), argument if isinstance(argument, str) else json.dumps(argument))
 
 
@@ -100,6 +100,7 @@ def _objects(text: str) -> list[dict[str, Any]]:
     return found
 
 
-def _short(text: str) -> str:
+def shortened(text: str, most: int = 80) -> str:
+    """A text on one line, of at most so many characters."""
     text = re.sub(r"\s+", " ", text).strip()
-    return repr(text if len(text) <= 80 else text[:77] + "...")
+    return text if len(text) <= most else text[: most - 3] + "..."

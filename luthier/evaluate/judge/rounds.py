@@ -7,10 +7,12 @@ as two verdicts that contradict each other, and those are not counted (`tally`).
 from __future__ import annotations
 
 import logging
+import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -52,11 +54,33 @@ class Task:
 
 @dataclass
 class Round:
-    """What came of asking. `failed`: key -> why."""
+    """What came of asking. `failed`: key -> why; `wordless`: verdicts without an argument."""
 
     asked: int = 0
     failed: dict[str, str] = field(default_factory=dict)
+    wordless: int = 0
     capped: bool = False
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which is what Ctrl-C is where there is no keyboard."""
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """While entered, SIGTERM raises `Terminated`: what is in flight is waited for as after Ctrl-C."""
+
+    def end(*_: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # elsewhere Python cannot set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def tasks_of(pair: Pair, judge: str, criteria: str, form: str = FORM) -> tuple[Task, Task]:
@@ -91,19 +115,20 @@ def ask_all(
     judge: str,
     rows: Rows,
     verdicts: dict[str, Mapping[str, Any]],
+    outcome: Round,
     *,
     threads: int = 1,
     stop: threading.Event | None = None,
-) -> Round:
-    """Ask for each task, store each verdict, put it into `verdicts` by key.
+) -> None:
+    """Ask for each task, store each verdict, put it into `verdicts` by key, and note in `outcome` what came of it.
 
-    Ctrl-C lets the requests in flight end, since they are paid for; a second one does not.
+    Ctrl-C and SIGTERM let the requests in flight end, since they are paid for; a second one does not.
 
     Raises:
         RunError: the judge cannot be asked, or failed many times in a row; what was judged before is stored.
     """
     stop = stop or threading.Event()
-    waiting, outcome, lock = deque(tasks), Round(), threading.Lock()
+    waiting, lock = deque(tasks), threading.Lock()
     fatal: list[BaseException] = []
     in_a_row = 0
 
@@ -136,7 +161,8 @@ def ask_all(
             verdicts[task.key] = row
             in_a_row = 0
             outcome.asked += 1
-            if outcome.asked % max(1, len(tasks) // 10) == 0:
+            outcome.wordless += not found.argument.strip()
+            if outcome.asked % -(-len(tasks) // 10) == 0 or outcome.asked == len(tasks):
                 log.info("%d of %d verdicts", outcome.asked, len(tasks))
 
     def work() -> None:
@@ -159,7 +185,6 @@ def ask_all(
     _run(work, threads, stop)
     if fatal:
         raise fatal[0]
-    return outcome
 
 
 def _run(work: Callable[[], None], threads: int, stop: threading.Event) -> None:
@@ -184,6 +209,6 @@ def _run(work: Callable[[], None], threads: int, stop: threading.Event) -> None:
         wait()
     except KeyboardInterrupt:
         stop.set()
-        log.info("what is in flight is waited for, since it is paid for; Ctrl-C again ends at once")
+        log.info("what is in flight is waited for, since it is paid for; the same signal again ends at once")
         wait()
         raise

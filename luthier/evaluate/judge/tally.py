@@ -127,10 +127,10 @@ def lines_of(figures: Mapping[str, Any], a: str, b: str, orders: int = 2) -> Ite
     yield f"{'counted':<10}{figures['counted']:>6}   of {figures['pairs']}"
     yield ""
     if figures["identical"]:
-        yield f"{_many(figures['identical'], 'pair')} of identical answers counted as ties without asking"
+        yield f"{many(figures['identical'], 'pair')} of identical answers counted as ties without asking"
     if flips := figures["flips"]["count"]:
         yield (
-            f"not counted: {_many(flips, 'flip')} (the two orders contradict each other: the first answer chosen twice "
+            f"not counted: {many(flips, 'flip')} (the two orders contradict each other: the first answer chosen twice "
             f"in {figures['flips']['to_first']}, the second in {figures['flips']['to_second']})"
         )
     wavered = figures["wavered"]
@@ -141,10 +141,10 @@ def lines_of(figures: Mapping[str, Any], a: str, b: str, orders: int = 2) -> Ite
         )
     for name, words in (("failed", "without a verdict, see above"), ("waiting", "not judged yet")):
         if figures[name]:
-            yield f"not counted: {_many(figures[name], 'pair')} {words}"
+            yield f"not counted: {many(figures[name], 'pair')} {words}"
     for side, count in figures["unanswered"].items():
         if count:
-            yield f"left out: {_many(count, 'prompt')} without an answer of {side.upper()}"
+            yield f"left out: {many(count, 'prompt')} without an answer of {side.upper()}"
     if figures["first_chosen"] is not None and orders == 2:
         yield f"the answer shown first was chosen in {figures['first_chosen']:.0%} of the verdicts that are no ties"
     yield conclusion(figures, orders)
@@ -163,7 +163,8 @@ def conclusion(figures: Mapping[str, Any], orders: int = 2) -> str:
     return f"{figures['winner'].upper()} is better: {score}."
 
 
-def _many(count: int, noun: str) -> str:
+def many(count: int, noun: str) -> str:
+    """A number and what it counts."""
     return f"{count} {noun}" + ("" if count == 1 else "s")
 
 

@@ -6,22 +6,20 @@ again, after a kill or with other subjects, is looked up first.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from luthier.data.encode import TextEncoder
 from luthier.data.formats import prompt_example
 from luthier.data.render import Renderer
-from luthier.errors import RunError
 from luthier.evaluate.batches import in_batches
 from luthier.evaluate.mmlu_pro.data import LETTERS, STOP, Question, cot_prompt, extract_answer, letter_prompt
 from luthier.evaluate.results import digest
+from luthier.evaluate.store import Store
 from luthier.generate.engine import Engine
 from luthier.generate.sampling import Sampling
 
@@ -205,55 +203,3 @@ class _Progress:
             self.said = time.monotonic()
             share = 100 * self.right / self.done
             log.info("%s: %d of %d questions, %.1f%% right so far", self.subject, self.done, self.total, share)
-
-
-class Store:
-    """The JSONL of one model in one setting: a first line that says which, then a row for each answer, as they come.
-
-    Raises:
-        RunError: the file is of another model or setting, or cannot be read or written.
-    """
-
-    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
-        self.path = path
-        self.rows: dict[str, dict[str, Any]] = {}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file: IO[bytes] = path.open("ab+")
-            self._read(json.loads(json.dumps(header)))
-        except OSError as error:
-            raise RunError(f"{path}: cannot be read or written: {error.strerror or error}") from error
-
-    def _read(self, header: Mapping[str, Any]) -> None:
-        self._file.seek(0)
-        whole, end = [], 0
-        for line in self._file:
-            if not line.endswith(b"\n"):  # the process ended in the middle of this line
-                log.warning("%s: the last line is not whole, and is left out", self.path)
-                self._file.truncate(end)
-                break
-            end += len(line)
-            whole.append(line)
-        if not whole:
-            self._append({"header": header})
-            return
-        try:
-            first, *rows = (json.loads(line) for line in whole)
-            found = first["header"]
-            self.rows = {row["key"]: row for row in rows}
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{self.path}: not the answers of an evaluation; move it away: {error!r}") from error
-        if found != header:
-            differ = ", ".join(name for name in header if found.get(name) != header[name])
-            raise RunError(f"{self.path}: these answers were measured otherwise ({differ}); name another --output")
-
-    def add(self, row: dict[str, Any]) -> None:
-        self._append(row)
-        self.rows[row["key"]] = row
-
-    def _append(self, row: Mapping[str, Any]) -> None:
-        self._file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()

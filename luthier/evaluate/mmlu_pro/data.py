@@ -11,19 +11,14 @@ from __future__ import annotations
 import glob
 import random
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from luthier.config.datasets import DatasetEntry
 from luthier.data.files import KINDS, Row, kind_of, read_file
 from luthier.data.readers import open_rows
 from luthier.errors import ConfigError, DataError
-from luthier.evaluate.intervals import bootstrap
 
 HUB_ID = "TIGER-Lab/MMLU-Pro"
 LETTERS = "ABCDEFGHIJKLMNOP"
@@ -269,60 +264,3 @@ def guessed_index(options: int) -> int:
 def guessed_letter() -> str:
     """The letter that `compute_accuracy.py` takes there: always this one of ten."""
     return random.Random(GUESS_SEED).choice(LETTERS[:10])
-
-
-def figures_of(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> dict[str, Any]:
-    """Accuracy of answered rows, overall and by category.
-
-    Args:
-        rows: each with `category`, `prediction`, `answer`, `answer_index`, `options` (their number), `stage`, `shots`,
-            `finish`. seed: of the intervals.
-
-    Returns:
-        For all rows, and under `categories` for each: `questions`, `right`, `accuracy` (no answer counts as wrong) with
-        its `interval`, `no_answer`, `accuracy_with_guess` (as `evaluate_from_local.py` guesses) and
-        `accuracy_with_letter` (as `compute_accuracy.py` does), `cut_off`: outputs that ended at the longest length,
-        `skipped`: questions that did not fit the context, `stages` and `shots`: how many rows of each.
-    """
-    categories: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        categories.setdefault(row["category"], []).append(row)
-    return {
-        **_figures(rows, seed),
-        "categories": {name: _figures(found, seed) for name, found in sorted(categories.items())},
-    }
-
-
-def _figures(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
-    count = len(rows)
-    right = np.array([row["prediction"] == row["answer"] for row in rows], dtype=np.float64)
-    unanswered = [row for row in rows if not row["prediction"]]
-    guessed = sum(guessed_index(row["options"]) == row["answer_index"] for row in unanswered)
-    letters = sum(guessed_letter() == row["answer"] for row in unanswered)
-    return {
-        "questions": count,
-        "right": int(right.sum()),
-        "accuracy": float(right.sum() / count) if count else 0.0,
-        "interval": list(_interval(right, seed)),
-        "no_answer": len(unanswered),
-        "accuracy_with_guess": float((right.sum() + guessed) / count) if count else 0.0,
-        "accuracy_with_letter": float((right.sum() + letters) / count) if count else 0.0,
-        "cut_off": sum(row["finish"] == "length" for row in rows),
-        "skipped": sum(row["finish"] == "skipped" for row in rows),
-        "stages": _counted(row["stage"] for row in rows),
-        "shots": _counted(row["shots"] for row in rows),
-    }
-
-
-def _interval(right: np.ndarray[Any, Any], seed: int) -> tuple[float, float]:
-    """95% by the bootstrap. Where all rows or none are right every draw is the same, and says nothing: the far end is
-    then the exact one of the binomial distribution (Clopper and Pearson 1934)."""
-    low, high = bootstrap(right, seed=seed)
-    if low == high and len(right):
-        tail = 0.025 ** (1 / len(right))
-        return (tail, 1.0) if right[0] else (0.0, 1 - tail)
-    return low, high
-
-
-def _counted(values: Iterator[int]) -> dict[str, int]:
-    return {str(value): number for value, number in sorted(Counter(values).items(), reverse=True)}

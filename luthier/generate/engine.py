@@ -1,83 +1,42 @@
-"""Generation over any number of prompts: one loop for a single text, a batch, and a stream.
+"""Generation over any number of prompts: many at once, or one as a stream.
 
-The loop keeps transformers' own cache and logits processors and is otherwise as bare as it can be, because on
-small models the time between two forward passes counts. Prompts are sorted by length and put together with
-others of (nearly) the same length, as many as fit a budget of cached tokens. What all of a batch begin with,
-a template or a system prompt, is computed once. A batch of equal lengths has no padding and no mask; unequal
-ones are padded before the part that differs, masked, and given their own positions. Rows that have ended
-leave once they are enough. Under greedy decoding every row gets the ids that `model.generate` gives it alone.
+`generate.continuous` does the work for models that take flat passes, after it has been tried on the very model against
+its own forward; `generate.one_length` for the others. transformers' logits processors choose the tokens. Under greedy
+decoding every prompt gets the ids that `model.generate` gives it alone.
 """
 
+from __future__ import annotations
+
 import inspect
-import random
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
-from transformers import GenerationConfig
-from transformers.cache_utils import DynamicLayer
 
 from luthier.errors import DataError
+from luthier.generate.continuous import Continuous, Loop
+from luthier.generate.one_length import OneLength
+from luthier.generate.rows import Completion, Row
 from luthier.generate.sampling import DEFAULT_NEW_TOKENS, Chooser, Sampling, row_streams
-from luthier.generate.text import StopStrings, TextStream, continuation
+from luthier.generate.text import StopStrings, TextStream
+from luthier.models import attention
+from luthier.models.isolation import own_logits, prove, same_vectors
+from luthier.models.kinds import one_of_each_layer
 
-MAX_CACHED_TOKENS = 16384  # over all rows of a batch: 2 GiB of keys and values for an 8B Llama in bf16
-PADDING_SLACK = 32  # prompts of one batch differ by at most this many ids, or by a quarter of the longest
-LEAVE_AT = 0.75  # ended rows are dropped when this share or less still runs: each drop copies the cache
+log = logging.getLogger("luthier")
 
-SHARED_FROM = 8  # ids of a common beginning that are worth a forward pass of their own
+MAX_CACHED_TOKENS = 16384  # over all texts at once: 2 GiB of keys and values for an 8B Llama in bf16
 
-# Names under which a model gives and takes its cache; the first is that of nearly all.
-CACHE_NAMES = ("past_key_values", "cache_params", "state")
-
-
-@dataclass
-class Completion:
-    """One answer. `token_ids` hold the terminator or stop string that ended it, `text` does not."""
-
-    prompt_ids: list[int]
-    token_ids: list[int]
-    text: str
-    finish_reason: str  # "stop": it ended by itself; "length": max_new_tokens or the context window ended it
-
-
-@dataclass
-class _Row:
-    """A prompt on its way through the loop."""
-
-    index: int
-    prompt_ids: list[int]
-    limit: int  # new tokens that it may get
-    draws: random.Random
-    token_ids: list[int] = field(default_factory=list)
-    ended: bool = False  # by a terminator or a stop string
-    text: TextStream | None = None  # followed in the loop for a stream, and for stop strings
-    watch: StopStrings = field(default_factory=StopStrings)
-    piece: str = ""  # what the last token added to the text
-
-    @property
-    def done(self) -> bool:
-        return self.ended or len(self.token_ids) >= self.limit
-
-    def take(self, token_id: int, terminators: frozenset[int]) -> None:
-        self.token_ids.append(token_id)
-        self.ended = token_id in terminators
-        if self.text is None:
-            return
-        self.piece = "" if self.ended else self.watch.push(self.text.push(token_id))
-        if self.watch.found:
-            self.ended = True
-        elif self.done:
-            self.piece += self.watch.push(self.text.flush()) + self.watch.flush()
+__all__ = ["MAX_CACHED_TOKENS", "Completion", "Engine", "TextDeltas", "default_terminators"]
 
 
 class TextDeltas(Iterator[str]):
     """An answer as it comes; once it is exhausted, `completion` holds the whole of it."""
 
-    def __init__(self, pieces: Callable[["TextDeltas"], Iterator[str]]):
+    def __init__(self, pieces: Callable[[TextDeltas], Iterator[str]]) -> None:
         self.completion: Completion | None = None
         self._pieces = pieces(self)
 
@@ -94,7 +53,7 @@ class Engine:
 
     `terminators`: ids that end a text; None takes those of the model's GenerationConfig.
     `default_new_tokens`: longest answer where neither a call nor the model's GenerationConfig says.
-    `max_cached_tokens`: prompt and new tokens of a batch, over all its rows; a single row may exceed it.
+    `max_cached_tokens`: prompt and new tokens of all texts at once; a single text may exceed it.
     """
 
     def __init__(
@@ -104,25 +63,13 @@ class Engine:
         terminators: Sequence[int] | None = None,
         default_new_tokens: int = DEFAULT_NEW_TOKENS,
         max_cached_tokens: int = MAX_CACHED_TOKENS,
-    ):
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.terminators = frozenset(default_terminators(model) if terminators is None else terminators)
         self.default_new_tokens = default_new_tokens
         self.max_cached_tokens = max_cached_tokens
         self.window: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        parameters = inspect.signature(model.forward).parameters
-        self._takes_positions = "position_ids" in parameters
-        self._keep_last = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
-        # A recurrent state has read its padding, whatever the mask says later; and where rotary angles depend
-        # on the length of the text, a long row in the batch would change them for a short one.
-        recurrent = bool(getattr(model, "_is_stateful", False))
-        kinds = _rope_kinds(model.config)
-        self._unlike_apart = recurrent or bool(kinds & {"dynamic", "longrope"})
-        # Where longrope changes all its angles at once, what is cached has the old ones.
-        self._switch: int | None = None
-        if "longrope" in kinds:
-            self._switch = getattr(model.config.get_text_config(), "original_max_position_embeddings", None)
 
     def generate(
         self,
@@ -134,55 +81,73 @@ class Engine:
 
         DataError: a prompt is empty, or leaves no room in the model's context window.
         """
-        sampling = sampling or Sampling()
-        settings = sampling.resolve(self.model, self.default_new_tokens)
-        rows = self._rows(prompts, sampling, settings)
+        rows = self.rows(prompts, sampling or Sampling())
         completions: dict[int, Completion] = {}
-        with _evaluating(self.model):
-            for batch in self._batches(rows, settings):
-                for row in self._run(batch, settings):
-                    if row.done:
-                        completions[row.index] = completion = self._completion(row, sampling.stop)
-                        if on_done is not None:
-                            on_done(row.index, completion)
+        for row in self._answered(rows):
+            completions[row.index] = completion = row.completion(self.tokenizer)
+            if on_done is not None:
+                on_done(row.index, completion)
         return [completions[index] for index in range(len(rows))]
 
     def stream(self, prompt_ids: Sequence[int], sampling: Sampling | None = None) -> TextDeltas:
         """One answer in pieces that never split a character; joined they are its completion's text."""
-        sampling = sampling or Sampling()
-        settings = sampling.resolve(self.model, self.default_new_tokens)
-        rows = self._rows([prompt_ids], sampling, settings, follow=True)
+        rows = self.rows([prompt_ids], sampling or Sampling(), follow=True)
 
         def pieces(deltas: TextDeltas) -> Iterator[str]:
-            with _evaluating(self.model):
-                for row in self._run(rows, settings):
-                    if row.done:
-                        deltas.completion = self._completion(row, sampling.stop)
-                    if row.piece:
-                        yield row.piece
+            for row in self._run(rows):
+                if row.done:
+                    deltas.completion = row.completion(self.tokenizer)
+                if row.piece:
+                    yield row.piece
 
         return TextDeltas(pieces)
 
-    @torch.no_grad()
     def next_logps(
         self,
         prompts: Sequence[Sequence[int]],
         candidates: Sequence[Sequence[int]],
         on_done: Callable[[int, list[float]], None],
     ) -> None:
-        """Log-probs of some ids as the very next token: one pass over every prompt, batched as in `generate`.
+        """Log-probs of some ids as the very next token.
 
         `candidates`: the ids that are asked for, per prompt. `on_done(index, logps)` is called for each prompt, in
         nats over the whole vocabulary. DataError as in `generate`.
         """
-        sampling = Sampling(max_new_tokens=1, do_sample=False)
-        settings = sampling.resolve(self.model)
-        with _evaluating(self.model):
-            for rows in self._batches(self._rows(prompts, sampling, settings), settings):
-                _, _, inputs = self._first_inputs(rows)
-                logps_BV = self.model(**inputs).logits[:, -1].float().log_softmax(-1).cpu()
-                for row, logps_V in zip(rows, logps_BV, strict=True):
-                    on_done(row.index, logps_V[list(candidates[row.index])].tolist())
+        rows = self.rows(prompts, Sampling(max_new_tokens=1, do_sample=False))
+        for row in rows:
+            row.scores_of = candidates[row.index]
+        for row in self._answered(rows):
+            on_done(row.index, row.logps)
+
+    def loop(self) -> Loop:
+        """Where rows are submitted and run step by step; see `continuous.Loop`."""
+        kind = OneLength if why_not_continuous(self.model) else Continuous
+        return kind(self.model, max_cached_tokens=self.max_cached_tokens)
+
+    def rows(self, prompts: Sequence[Sequence[int]], sampling: Sampling, follow: bool = False) -> list[Row]:
+        """Prompts as a loop takes them. `follow`: each has its text piece by piece.
+
+        DataError: as in `generate`.
+        """
+        settings = sampling.resolve(self.model, self.default_new_tokens)
+        device = self.model.get_input_embeddings().weight.device
+        shared: Chooser | None = None
+        rows = []
+        for index, (prompt, draws) in enumerate(zip(prompts, row_streams(sampling.seed, prompts), strict=True)):
+            if (reason := self.why_not(prompt)) is not None:
+                which = f"prompt {index + 1} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
+                raise DataError(f"{which} {reason}")
+            room = settings.max_new_tokens
+            if self.window is not None:
+                room = min(room, self.window - len(prompt))
+            chooser = shared or Chooser(self.model, settings, sorted(self.terminators), len(prompt), device)
+            shared = None if chooser.reads_history else chooser
+            row = Row(index, [int(token) for token in prompt], room, chooser, draws, self.terminators)
+            row.watch = StopStrings(sampling.stop)
+            if follow or sampling.stop:
+                row.text = TextStream(self.tokenizer, row.prompt_ids)
+            rows.append(row)
+        return rows
 
     def described(self, sampling: Sampling) -> dict[str, Any]:
         """The values as they will be used, for a table; greedy is temperature 0 and top_p 1."""
@@ -205,128 +170,17 @@ class Engine:
             )
         return None
 
-    def _rows(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        settings: GenerationConfig,
-        follow: bool = False,
-    ) -> list[_Row]:
-        rows = []
-        for index, (prompt, draws) in enumerate(
-            zip(prompts, row_streams(sampling.seed, prompts), strict=True)
-        ):
-            if (reason := self.why_not(prompt)) is not None:
-                which = f"prompt {index + 1} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
-                raise DataError(f"{which} {reason}")
-            room = settings.max_new_tokens
-            if self.window is not None:
-                room = min(room, self.window - len(prompt))
-            row = _Row(index, [int(token) for token in prompt], room, draws)
-            if follow or sampling.stop:
-                row.text, row.watch = TextStream(self.tokenizer, row.prompt_ids), StopStrings(sampling.stop)
-            rows.append(row)
-        return rows
+    def _answered(self, rows: list[Row]) -> Iterator[Row]:
+        """Rows as they end. The longest prompt is first: what is too large for the memory fails at once."""
+        return (row for row in self._run(sorted(rows, key=lambda row: -len(row.prompt_ids))) if row.done)
 
-    def _completion(self, row: _Row, stop: Sequence[str]) -> Completion:
-        ids = row.token_ids
-        spoken = ids[:-1] if ids and ids[-1] in self.terminators else ids
-        text = continuation(self.tokenizer, row.prompt_ids, spoken)
-        places = [place for place in (text.find(string) for string in stop) if place >= 0]
-        if places:
-            text = text[: min(places)]
-        return Completion(row.prompt_ids, ids, text, "stop" if row.ended else "length")
-
-    def _batches(self, rows: list[_Row], settings: GenerationConfig) -> Iterator[list[_Row]]:
-        """Rows of like length, the longest first: what is too large for the memory fails at once."""
-        alone = Chooser(self.model, settings, sorted(self.terminators), width=1, device="cpu")
-        equal = self._unlike_apart or alone.reads_history or not self._takes_positions
-        batch: list[_Row] = []
-        for row in sorted(rows, key=lambda row: -len(row.prompt_ids)):
-            if batch:
-                longest = len(batch[0].prompt_ids)
-                slack = 0 if equal else max(PADDING_SLACK, longest // 4)
-                cached = (len(batch) + 1) * (longest + settings.max_new_tokens)
-                if longest - len(row.prompt_ids) > slack or cached > self.max_cached_tokens:
-                    yield batch
-                    batch = []
-            batch.append(row)
-        if batch:
-            yield batch
-
-    def _shared_beginning(self, rows: Sequence[_Row], device: Any) -> tuple[int, dict[str, Any]]:
-        """How many ids all prompts begin with, and the cache of them for every row; (0, {}): not worth it.
-
-        A row keeps at least one id of its own, whose logits choose its first token.
-        """
-        prompts = [row.prompt_ids for row in rows]
-        first, last = min(prompts), max(prompts)  # as in a dictionary: what these two share, all share
-        shortest, longest = min(map(len, prompts)), max(map(len, prompts))
-        shared = next((n for n in range(shortest - 1) if first[n] != last[n]), shortest - 1)
-        if len(rows) == 1 or shared < SHARED_FROM or self._unlike_apart:
-            return 0, {}
-        ids = torch.tensor([first[:shared]], device=device)
-        cache = self.model(input_ids=ids, use_cache=True, **self._keep_last).get(CACHE_NAMES[0])
-        layers = getattr(cache, "layers", [])
-        # A sliding window counts places in the cache: padding after the beginning would shorten it.
-        if not layers or (shortest < longest and any(type(layer) is not DynamicLayer for layer in layers)):
-            return 0, {}
-        cache.batch_repeat_interleave(len(rows))
-        return shared, {CACHE_NAMES[0]: cache}
-
-    def _first_inputs(self, rows: Sequence[_Row]) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
-        """Ids and mask as `_laid_out` gives them, and what the pass over the prompts takes."""
-        device = self.model.get_input_embeddings().weight.device
-        width = max(len(row.prompt_ids) for row in rows)
-        shared, inputs = self._shared_beginning(rows, device)
-        ids, mask = _laid_out(rows, shared, width, device)
-        inputs |= {"input_ids": ids[:, shared:width], "use_cache": True, **self._keep_last}
-        if mask is not None:
-            inputs["attention_mask"] = mask[:, :width]
-            inputs["position_ids"] = (mask[:, :width].cumsum(-1) - 1).clamp(min=0)[:, shared:]
-        return ids, mask, inputs
-
-    @torch.no_grad()
-    def _run(self, rows: list[_Row], settings: GenerationConfig) -> Iterator[_Row]:
-        """The loop: yields each row whenever it has got a token.
-
-        Not `inference_mode`: a tensor that a module keeps from here (rotary tables, cast adapter weights)
-        must serve a backward pass later.
-        """
-        rows = list(rows)
-        device = self.model.get_input_embeddings().weight.device
-        width = max(len(row.prompt_ids) for row in rows)
-        chooser = Chooser(self.model, settings, sorted(self.terminators), width, device)
-        ids, mask, inputs = self._first_inputs(rows)
-        end = width
-        while True:
-            # 1. One forward pass: the prompts at first, then the last token of every row.
-            output = self.model(**inputs)
-            # 2. The next tokens, and the rows that they end.
-            chosen = chooser(ids[:, :end], output.logits[:, -1].to(device), [row.draws for row in rows])
-            for row, token_id in zip(rows, chosen.tolist(), strict=True):
-                if not row.done:
-                    row.take(token_id, self.terminators)
-                    yield row
-            running = [place for place, row in enumerate(rows) if not row.done]
-            if not running:
-                return
-            ids[:, end] = chosen
-            end += 1
-            # 3. Ended rows leave, if there are enough of them.
-            cache_name, cache = next((name, output[name]) for name in CACHE_NAMES if name in output)
-            if len(running) <= LEAVE_AT * len(rows) and hasattr(cache, "reorder_cache"):
-                keep = torch.tensor(running, device=device)
-                cache.reorder_cache(keep)
-                rows, ids = [rows[place] for place in running], ids[keep]
-                mask = None if mask is None else mask[keep]
-            # 4. What the next pass sees.
-            inputs = {"input_ids": ids[:, end - 1 : end], "use_cache": True, cache_name: cache}
-            if mask is not None:
-                inputs["attention_mask"] = mask[:, :end]
-                inputs["position_ids"] = mask[:, :end].sum(-1, keepdim=True) - 1
-            if end - 1 == self._switch:
-                inputs = {"input_ids": ids[:, :end], "use_cache": True, **self._keep_last}
+    def _run(self, rows: list[Row]) -> Iterator[Row]:
+        """Each row whenever it has got a token."""
+        loop = self.loop()
+        loop.submit(rows)
+        with evaluating(self.model):
+            while stepped := loop.step():
+                yield from stepped
 
 
 def default_terminators(model: Any) -> list[int]:
@@ -337,37 +191,8 @@ def default_terminators(model: Any) -> list[int]:
     return [int(token) for token in ids] if isinstance(ids, (list, tuple)) else [int(ids)]
 
 
-def _laid_out(rows: Sequence[_Row], shared: int, width: int, device: Any) -> tuple[Tensor, Tensor | None]:
-    """Ids (B, width + longest answer) and a mask of the same shape, None where no row needs padding.
-
-    A row is its `shared` first ids, padding, the rest of its prompt up to `width`, then room for the answer.
-    """
-    total = width + max(row.limit for row in rows)
-    ids = torch.zeros(len(rows), total, dtype=torch.long)
-    mask = torch.ones(len(rows), total, dtype=torch.long)
-    for place, row in enumerate(rows):
-        prompt, gap = torch.tensor(row.prompt_ids), width - len(row.prompt_ids)
-        ids[place, :shared], ids[place, shared + gap : width] = prompt[:shared], prompt[shared:]
-        mask[place, shared : shared + gap] = 0
-    padded = any(len(row.prompt_ids) < width for row in rows)
-    return ids.to(device), mask.to(device) if padded else None
-
-
-def _rope_kinds(config: Any) -> set[str]:
-    """Names of the kinds of rotary embedding in a config; layers may have several."""
-    text_config = config.get_text_config()
-    found = [getattr(text_config, name, None) for name in ("rope_parameters", "rope_scaling")]
-    kinds: set[str] = set()
-    while found:
-        value = found.pop()
-        if isinstance(value, dict):
-            kinds |= {str(value[key]) for key in ("rope_type", "type") if value.get(key)}
-            found.extend(inner for inner in value.values() if isinstance(inner, dict))
-    return kinds
-
-
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """The whole model in eval mode; afterwards every module's own flag, for parts of it may differ."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -376,3 +201,63 @@ def _evaluating(model: Any) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+# --- may this model write many texts in one flat pass -------------------------------------------------------------
+
+_why_not: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+_PROMPTS = (9, 14, 5)
+
+
+def why_not_continuous(model: Any) -> str:
+    """Empty if texts of unequal length may share passes on this model, which is tried once; else why not."""
+    if model not in _why_not:
+        with evaluating(model):
+            _why_not[model] = _try_continuous(model)
+        if _why_not[model]:
+            log.info("prompts of equal length only are answered together: %s", _why_not[model])
+    return _why_not[model]
+
+
+@torch.no_grad()
+def _try_continuous(model: Any) -> str:
+    config = model.config.get_text_config()
+    chosen = getattr(model.config, "_attn_implementation", None)
+    if chosen != attention.NAME:
+        return f"attn_implementation {chosen!r} knows whole documents only"
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return f"{type(model).__name__} gives the logits of all tokens or none"
+    proof = prove(model, getattr(config, "max_position_embeddings", None) or 4096)
+    if not proof.flat:
+        return proof.why
+    try:
+        with one_of_each_layer(model):
+            return _compare(model)
+    except IndexError:  # a forward that counts its layers by the config
+        return _compare(model)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
+        return f"{type(model).__name__} does not take such passes ({' '.join(str(error).split())[:120]})"
+
+
+def _compare(model: Any) -> str:
+    """Two prompts; a token more for each and a third prompt; a token more for all: each against the model's own."""
+    embeddings = model.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(0)
+    texts = [torch.randint(embeddings.shape[0], (n + 2,), generator=generator).tolist() for n in _PROMPTS]
+    loop = Continuous(model, max_cached_tokens=MAX_CACHED_TOKENS)
+    loop.slots.resize(3, max(_PROMPTS) + 2)
+    a, b, c = _PROMPTS
+    found = [
+        loop.logits(texts[0][:a] + texts[1][:b], 0, [(0, a), (1, b)]),
+        loop.logits([texts[0][a], texts[1][b], *texts[2][: c + 1]], 2, [(2, c + 1)]),
+        loop.logits([texts[0][a + 1], texts[1][b + 1], texts[2][c + 1]], 3, []),
+    ]
+    own = [own_logits(model, torch.tensor(ids, device=embeddings.device)) for ids in texts]
+    expected = [
+        torch.stack([own[0][a - 1], own[1][b - 1]]),
+        torch.stack([own[0][a], own[1][b], own[2][c]]),
+        torch.stack([own[0][a + 1], own[1][b + 1], own[2][c + 1]]),
+    ]
+    if all(same_vectors(one, other, embeddings.dtype) for one, other in zip(found, expected, strict=True)):
+        return ""
+    return f"in {type(model).__name__} texts come out otherwise than alone"

@@ -20,8 +20,8 @@ from transformers import GenerationConfig
 from luthier.errors import ConfigError
 
 DEFAULT_NEW_TOKENS = 128
-# Processors that look at the scores alone. Any other one (repetition penalty, banned words, ...) also reads
-# the ids before, where padding would count as text: those rows are batched by equal length.
+# Processors that look at the scores alone. Any other one (repetition penalty, banned words, least new tokens, ...)
+# also reads the ids before, and is a row's own.
 SCORES_ONLY = frozenset(
     {
         "TemperatureLogitsWarper",
@@ -35,7 +35,6 @@ SCORES_ONLY = frozenset(
         "InfNanRemoveLogitsProcessor",
         "LogitNormalization",
         "SuppressTokensLogitsProcessor",
-        "MinNewTokensLengthLogitsProcessor",
     }
 )
 
@@ -150,7 +149,7 @@ def row_streams(seed: int | None, prompts: Sequence[Sequence[int]]) -> list[rand
 
 
 class Chooser:
-    """Picks the next token of every row of one batch, whose prompts are `width` ids long."""
+    """Picks next tokens; for a row of its own, whose prompt is `width` ids long, where it reads the ids before."""
 
     def __init__(
         self, model: Any, settings: GenerationConfig, terminators: Sequence[int], width: int, device: Any
@@ -163,11 +162,9 @@ class Chooser:
             generation_config=settings, input_ids_seq_length=width, device=device
         )
         self.do_sample = bool(settings.do_sample)
+        # Whether the ids before matter.
+        self.reads_history = any(type(each).__name__ not in SCORES_ONLY for each in self.processors)
 
-    @property
-    def reads_history(self) -> bool:
-        """Whether the ids before matter, and padding among them would too."""
-        return any(type(processor).__name__ not in SCORES_ONLY for processor in self.processors)
 
     def __call__(self, input_ids: Tensor, logits: Tensor, streams: Sequence[random.Random]) -> Tensor:
         """Next ids (B,) from ids so far (B, T) and logits (B, V)."""

@@ -17,6 +17,7 @@ from luthier.models import adapter_files, quantize, storage
 from luthier.models.device import choose_device, choose_dtype
 from luthier.models.freeze import set_trainable
 from luthier.models.frozen import keep_copies
+from luthier.models.lean import make_lean
 from luthier.models.load import count_parameters, load_model, read_model_config
 from luthier.models.lora import DropoutState, add_lora
 from luthier.models.lora_init import OriginalWeights, Sources, changes_base
@@ -176,20 +177,9 @@ def open_for_inference(
         ModelError: nothing loadable there.
     """
     found = _find(path)
-    device = device or choose_device(found.loading.model.device_map)
-    dtype = dtype or choose_dtype(found.loading, device)
     tokenizer = _tokenizer_beside(found.folder, found.base, found.loading)
-    model = load_model(found.loading, tokenizer, device, dtype)
-    if found.is_adapter and found.folder:
-        settings = adapter_files.adapter_settings(found.folder)
-        adapter_files.load_adapter(model, found.folder, settings)
-        if quantize.is_quantized(model):
-            quantize.take_over(model)
-        else:
-            adapter_files.merge_into_base(model)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return model.eval(), tokenizer, found.run
+    adapter = str(found.folder) if found.is_adapter else None
+    return _open(found.loading, tokenizer, adapter, device, dtype), tokenizer, found.run
 
 
 def tokenizer_for_inference(path: str) -> PreTrainedTokenizerBase:
@@ -212,8 +202,18 @@ def open_base(
 ) -> PreTrainedModel:
     """The base model of a run as it was before: stored as in the run, with room for the tokens that the run added (each
     the mean of the others), without an adapter unless one is given."""
-    device = device or choose_device(run.model.device_map)
-    model = load_model(run, tokenizer, device, dtype or choose_dtype(run, device))
+    return _open(run, tokenizer, adapter, device, dtype)
+
+
+def _open(
+    loading: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter: str | None,
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+) -> PreTrainedModel:
+    device = device or choose_device(loading.model.device_map)
+    model = load_model(loading, tokenizer, device, dtype or choose_dtype(loading, device))
     if adapter is not None:
         adapter_files.load_adapter(model, adapter, adapter_files.adapter_settings(adapter))
     if quantize.is_quantized(model):
@@ -222,7 +222,8 @@ def open_base(
         adapter_files.merge_into_base(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    return model.eval()
+    make_lean(model.eval())
+    return model
 
 
 class _Found(NamedTuple):

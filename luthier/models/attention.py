@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +53,21 @@ def flat_pass() -> Iterator[None]:
         _flat.reset(token)
 
 
+class Cached(Protocol):
+    """Attention of a layer in a pass over parts of texts, whose beginnings it keeps (`generate.slots`)."""
+
+    def __call__(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        window: int | None,
+        **options: Any,
+    ) -> torch.Tensor: ...
+
+
 def register() -> None:
     """Make `attn_implementation="luthier"` known to transformers; calling it again changes nothing."""
     AttentionInterface.register(NAME, attention)
@@ -78,6 +93,7 @@ def attention(
     s_aux: torch.Tensor | None = None,
     document_lengths: Sequence[int] | None = None,
     document_parents: Sequence[int] | None = None,
+    cached: Cached | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention signature -> ((batch, T, heads, head_dim), None).
@@ -87,6 +103,7 @@ def attention(
             with explicit scores.
         document_lengths: tokens of each document, adding up to T; None outside flat passes. With
             document_parents, of each segment, and the index of the one that it goes on from, or -1.
+        cached: has the keys and values of what came before, and attends in place of all that is here.
         dropout: ignored; a model's own dropout is turned off at load, see `models.load`.
     """
     options: dict[str, Any] = dict(scaling=scaling, softcap=softcap, sinks=s_aux)
@@ -94,6 +111,9 @@ def attention(
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         causal = bool(causal) and attention_mask is None and query.shape[2] > 1
         out = attend(query, key, value, mask=attention_mask, causal=causal, window=None, **options)
+        return out.transpose(1, 2).contiguous(), None
+    if cached is not None:
+        out = cached(module.layer_idx, query, key, value, window=sliding_window, **options)
         return out.transpose(1, 2).contiguous(), None
     layout = layout_of(tuple(document_lengths), tuple(document_parents) if document_parents else None)
     if softcap is None and s_aux is None and varlen_attention.takes(query, value):

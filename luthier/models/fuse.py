@@ -10,7 +10,7 @@ so. Nothing is matched by family name, so a new family mostly works unseen.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,10 +66,10 @@ class Fusion:
                 log.info("fused: %s, equal within %.0e", name, kind.worst)
 
 
-def fuse(model: PreTrainedModel) -> Fusion:
+def fuse(model: PreTrainedModel, classes: Sequence[type[Fused]] = KINDS) -> Fusion:
     """Give the decoder's modules their fused forwards, each kind proven first; the model is otherwise unchanged."""
     decoder = decoder_of(model)
-    kinds = _kinds(decoder)
+    kinds = _kinds(decoder, classes)
     was_training = model.training
     model.eval()
     fusion = Fusion()
@@ -106,10 +106,10 @@ def undo(model: nn.Module) -> None:
                 module.gradient_checkpointing = True  # type: ignore[assignment]
 
 
-def _kinds(decoder: nn.Module) -> list[Kind]:
+def _kinds(decoder: nn.Module, classes: Sequence[type[Fused]]) -> list[Kind]:
     """Everything that one of the fused classes may fit, children before parents."""
     found: dict[Any, Kind] = {}
-    for fused in KINDS:
+    for fused in classes:
         for module in decoder.modules():
             if next(fused.candidates(module), None) is not None:
                 found.setdefault((fused, looks(module)), Kind(fused, [])).modules.append(module)
@@ -171,11 +171,12 @@ def _try(kind: Kind, spied: dict[int, AttentionCall]) -> None:
     if kind.call is None:
         kind.why = "a pass of the model does not call it"
         return
+    attends = issubclass(kind.fused, FusedAttention)
     calls = [spied[id(module)] for module in kind.modules if id(module) in spied]
-    if kind.fused is FusedAttention and (not calls or any(call != calls[0] for call in calls)):
+    if attends and (not calls or any(call != calls[0] for call in calls)):
         kind.why = "it does not attend through the function that transformers registers"
         return
-    extra = {"call": calls[0]} if kind.fused is FusedAttention else {}
+    extra = {"call": calls[0]} if attends else {}
     with _plain(first):
         expected = _run(first, kind.call)
     kind.why = "it computes something else"

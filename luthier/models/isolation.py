@@ -75,13 +75,13 @@ def _prove(model: PreTrainedModel, sequence_len: int) -> Proof:
     device, vocabulary = embeddings.device, int(embeddings.shape[0])
     generator = torch.Generator().manual_seed(0)
     documents = [torch.randint(vocabulary, (n,), generator=generator).to(device) for n in _LENGTHS]
-    expected = [_own_logits(model, ids) for ids in documents]
+    expected = [own_logits(model, ids) for ids in documents]
     alone = Policy(model, flat=False)
     hidden = [
         alone.hidden(ids, torch.arange(len(ids), device=device), [len(ids)], _cu([len(ids)], device))
         for ids in documents
     ]
-    own_head = all(_same(alone.logits(h), e, h.dtype) for h, e in zip(hidden, expected, strict=True))
+    own_head = all(same_vectors(alone.logits(h), e, h.dtype) for h, e in zip(hidden, expected, strict=True))
     why = _why_not_flat(model, sequence_len) or _try_flat(model, documents, hidden)
     flat = own_head and not why
     return Proof(
@@ -92,7 +92,7 @@ def _prove(model: PreTrainedModel, sequence_len: int) -> Proof:
     )
 
 
-def _own_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+def own_logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """What the family itself computes for one document, with its own eager attention where it can be chosen."""
     before = model.config._attn_implementation
     ours = before == attention.NAME
@@ -117,7 +117,7 @@ def _try_flat(model: PreTrainedModel, documents: list[torch.Tensor], expected: l
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         return f"{type(model).__name__} does not take a flat batch ({' '.join(str(error).split())[:120]})"
     for one, other in zip(found.split(lengths), expected, strict=True):
-        if not _same(one, other, other.dtype):
+        if not same_vectors(one, other, other.dtype):
             worst = (one.float() - other.float()).abs().max().item()
             return (
                 f"{type(model).__name__} lets documents of one pass see each other "
@@ -143,7 +143,7 @@ def _try_shared(model: PreTrainedModel, generator: torch.Generator) -> str:
     for path in _PATHS:
         ids = torch.cat([segments[i] for i in path])
         alone = policy.hidden(ids, torch.arange(len(ids), device=device), [len(ids)], _cu([len(ids)], device))
-        if not _same(torch.cat([found[i] for i in path]), alone, alone.dtype):
+        if not same_vectors(torch.cat([found[i] for i in path]), alone, alone.dtype):
             return (
                 f"in {type(model).__name__} documents with a common beginning come out otherwise than alone"
             )
@@ -183,7 +183,7 @@ def _cu(lengths: list[int], device: torch.device) -> torch.Tensor:
     return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
 
 
-def _same(one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> bool:
+def same_vectors(one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether each token's vector is the same, to within rounding. A norm over all logits of a token tells more than
     the largest difference, which grows with the vocabulary."""
     one, other = one.float(), other.float()

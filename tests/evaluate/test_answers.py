@@ -14,7 +14,8 @@ from luthier.data.tokenizer import terminator_ids
 from luthier.errors import RunError
 from luthier.evaluate import answers
 from luthier.evaluate.answers import Answer, Question, greedy_answers, question_of
-from luthier.generate.engine import Engine
+from luthier.generate.slots import Slots
+from luthier.models import attention
 
 
 def questions(tokenizer: Any, tmp_path: Path, rows: list[dict[str, Any]], **entry: Any) -> list[Question | None]:
@@ -98,17 +99,19 @@ def test_answers_are_those_of_generate_and_what_cannot_be_asked_says_why(
 def test_batches_get_smaller_where_memory_ends_and_no_answer_is_lost(
     model: Any, toy_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    attention.register()
+    model.set_attn_implementation(attention.NAME)
     prompts = [toy_tokenizer(f"Add {n}.")["input_ids"] for n in range(8)]
     expected = greedy_answers(model, toy_tokenizer, [7], prompts, max_new_tokens=4)
-    run, room = Engine._run, 2 * (max(map(len, prompts)) + 4)
+    resize, room = Slots.resize, 2 * (max(map(len, prompts)) + 4)
     monkeypatch.setattr(answers, "MAX_CACHED_TOKENS", 2 * room)
 
-    def short(self: Engine, rows: Any, settings: Any) -> Any:
-        if sum(len(row.prompt_ids) + row.limit for row in rows) > room:
+    def short(self: Slots, slots: int, tokens: int) -> None:
+        if slots * tokens > room:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return run(self, rows, settings)
+        resize(self, slots, tokens)
 
-    monkeypatch.setattr(Engine, "_run", short)
+    monkeypatch.setattr(Slots, "resize", short)
     with caplog.at_level(logging.WARNING, "luthier"):
         assert greedy_answers(model, toy_tokenizer, [7], prompts, max_new_tokens=4) == expected
     assert f"out of memory with batches of up to {2 * room} tokens: going on with {room}" in caplog.text

@@ -76,26 +76,8 @@ def test_greedy_equals_generate_alone(any_family: Any, byte_tokenizer: Any) -> N
         assert (completion.finish_reason == "stop") == (ids[-1] in terminators)
 
 
-def test_a_shared_beginning_is_computed_once(any_family: Any, byte_tokenizer: Any) -> None:
-    model, template = any_family, some_prompts(seed=5, lengths=(30,))[0]
-    prompts = [template + prompt for prompt in some_prompts(seed=6, lengths=(1, 4, 4, 4, 12))] + [template]
-    fed: list[int] = []
-    hook = model.register_forward_pre_hook(
-        lambda module, args, kwargs: fed.append(kwargs["input_ids"].numel()), with_kwargs=True
-    )
-    try:
-        completions = Engine(model, byte_tokenizer, []).generate(prompts, Sampling(max_new_tokens=12))
-    finally:
-        hook.remove()
-    assert [completion.token_ids for completion in completions] == [
-        alone(model, prompt, 12, [-1]) for prompt in prompts
-    ]
-    if model.config.model_type in ("llama", "qwen3", "gpt2"):
-        assert sum(fed) == 29 + 6 * 13 + 6 * 11  # padded to the longest rest, and no more
-
-
 def test_penalties_of_the_model_count_prompt_tokens_only_once(toy_model: Any, byte_tokenizer: Any) -> None:
-    """A repetition penalty reads the ids before: padding must not be among them."""
+    """A repetition penalty reads the ids before, and they are the row's own."""
     model = toy_model("llama")
     model.generation_config.repetition_penalty = 1.5
     model.generation_config.no_repeat_ngram_size = 2
@@ -105,38 +87,6 @@ def test_penalties_of_the_model_count_prompt_tokens_only_once(toy_model: Any, by
     assert [completion.token_ids for completion in completions] == expected
     plain = Engine(toy_model("llama"), byte_tokenizer, [2]).generate(prompts, Sampling(max_new_tokens=16))
     assert [completion.token_ids for completion in plain] != expected
-
-
-def test_every_batch_keeps_to_its_budget_and_pads_little(llama: Any, byte_tokenizer: Any) -> None:
-    shapes: list[tuple[int, int]] = []
-    hook = llama.register_forward_pre_hook(
-        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
-    prompts = some_prompts(lengths=(5,) * 30 + (7,) * 10 + (80,) * 3)
-    try:
-        Engine(llama, byte_tokenizer, [], max_cached_tokens=200).generate(prompts, Sampling(max_new_tokens=5))
-    finally:
-        hook.remove()
-    prefills = [(rows, width) for rows, width in shapes if width > 1]
-    assert sum(rows for rows, _ in prefills) == len(prompts)
-    assert all(rows * (width + 5) <= 200 for rows, width in prefills)
-    assert sum(rows * width for rows, width in prefills) <= 1.2 * sum(map(len, prompts))
-
-
-def test_ended_rows_leave_the_batch(llama: Any, byte_tokenizer: Any) -> None:
-    prompts = some_prompts(lengths=(6,) * 8)
-    answers = [alone(llama, prompt, 30, [2]) for prompt in prompts]
-    terminators = [answer[4] for answer in answers[:7] if answer[4] not in answers[7]]
-    rows: list[int] = []
-    hook = llama.register_forward_pre_hook(
-        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
-    try:
-        Engine(llama, byte_tokenizer, terminators).generate(prompts, Sampling(max_new_tokens=30))
-    finally:
-        hook.remove()
-    assert rows[0] == 8
-    assert rows[-1] < 4
 
 
 def test_stop_strings_end_a_text_and_are_not_in_it(llama: Any, byte_tokenizer: Any) -> None:

@@ -197,9 +197,7 @@ class FusedAttention(Fused):
                 hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
             )
         m, call = self.module, self.call
-        query, key, value = self._heads(hidden_states)
-        if self.rope:
-            query, key = rotary(query, key, *position_embeddings)
+        query, key, value = self._heads(hidden_states, position_embeddings)
         sinks = None if call.sinks is None else getattr(m, call.sinks)
         out, _ = attention.attention(
             m,
@@ -218,8 +216,8 @@ class FusedAttention(Fused):
             out = out.index_select(1, label_rows)
         return m.o_proj(out), None
 
-    def _heads(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query, key and value, each (1, heads, T, head_dim)."""
+    def _heads(self, x: torch.Tensor, positions: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value, each (1, heads, T, head_dim), rotated."""
         m: Any = self.module
         outs = outputs(_of(m, self.inputs), x, self.stack)
         if len(outs) == 1:
@@ -233,7 +231,10 @@ class FusedAttention(Fused):
                 out, norm = norm(out), None
             out = out.view(*out.shape[:-1], -1, m.head_dim)
             heads.append((out if norm is None else norm(out)).transpose(1, 2))
-        return heads[0], heads[1], heads[2]
+        query, key, value = heads
+        if self.rope:
+            query, key = rotary(query, key, *positions)
+        return query, key, value
 
 
 class FusedLayer(Fused):

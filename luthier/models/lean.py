@@ -81,46 +81,18 @@ class LeanAttention(FusedAttention):
             if joinable(module, (*found["inputs"], "o_proj")):
                 yield found
 
-    def __call__(
-        self,
-        hidden_states: torch.Tensor,
-        position_embeddings: Any = None,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        *,
-        label_rows: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if past_key_values is not None or kwargs.get("document_lengths") is None:
-            return self.original(
-                hidden_states, position_embeddings, attention_mask, past_key_values=past_key_values, **kwargs
-            )
-        m, call = self.module, self.call
-        heads = F.linear(hidden_states, *joined(m, self.inputs)).unflatten(-1, (-1, m.head_dim))
+    def _heads(self, x: torch.Tensor, positions: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        m = self.module
+        heads = F.linear(x, *joined(m, self.inputs)).unflatten(-1, (-1, m.head_dim))
         queries = m.o_proj.in_features // m.head_dim
         keys = (heads.shape[-2] - queries) // 2
         turned, value = heads.split([queries + keys, keys], -2)
         if getattr(m, "q_norm", None) is not None:
             turned = self._normed(turned, queries)
         if self.rope:
-            turned = _rotated(turned, *position_embeddings)
+            turned = _rotated(turned, *positions)
         query, key = turned.split([queries, keys], -2)
-        out, _ = attention.attention(
-            m,
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            None,
-            scaling=call.scaling,
-            sliding_window=call.sliding_window,
-            softcap=call.softcap,
-            s_aux=None if call.sinks is None else getattr(m, call.sinks),
-            **kwargs,
-        )
-        out = out.flatten(2)
-        if label_rows is not None:
-            out = out.index_select(1, label_rows)
-        return F.linear(out, m.o_proj.weight, m.o_proj.bias), None
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
     def _normed(self, turned: torch.Tensor, queries: int) -> torch.Tensor:
         """q and k through their norms, which take one head, or all of them at once (OLMo 2)."""

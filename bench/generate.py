@@ -1,0 +1,212 @@
+"""Writing with an adapter: Luthier's engine beside PEFT and `model.generate`, in turn.
+
+    python -m bench.generate                         # a 9M shape; needs peft beside luthier
+    python -m bench.generate --shape 135m --rounds 2
+
+The same base, adapter (r=16 on all linear layers, random) and prompts for everybody, greedy, so many new tokens each.
+Every contender has a process of its own, which loads, answers once unmeasured, then answers the prompts measured: one
+after another, and all at once. Ratios are taken within rounds; a result says how many answers are the same ids. It
+goes to bench/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from bench import machine, process
+from bench.rows import all_rows, source_name
+from bench.shapes import SHAPES
+
+RESULTS = Path(__file__).resolve().parent / "results"
+CONTENDERS = ("peft", "luthier")
+# Prompts that are answered one after another; all of them are answered at once.
+ONE_BY_ONE = 8
+
+Ids = list[list[int]]
+
+
+def main(given: list[str] | None = None) -> int:
+    """Measure; or, as a contender's own process, answer."""
+    parser = argparse.ArgumentParser(prog="python -m bench.generate", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--shape", choices=[name for name in SHAPES if name != "0.6b-vocab"], default="tiny")
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "luthier-bench", metavar="FOLDER")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
+    parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
+    chosen = parser.parse_args(given)
+    work: Path = chosen.work.expanduser().resolve()
+    job = work / "generate" / f"{chosen.shape}-{chosen.prompts}"
+    if chosen.prepare:
+        prepare(chosen.shape, chosen.prompts, work / "models" / chosen.shape, job)
+        return 0
+    if chosen.contender:
+        answer(chosen.contender, job, chosen.new_tokens)
+        return 0
+    options = ["--shape", chosen.shape, "--prompts", str(chosen.prompts), "--new-tokens", str(chosen.new_tokens)]
+    options += ["--work", str(work)]
+    job.mkdir(parents=True, exist_ok=True)
+    if in_own_process(["--prepare", *options], job) is None:
+        return 1
+    rounds: list[dict[str, Any]] = []
+    for number in range(1, chosen.rounds + 1):
+        found = {}
+        for name in CONTENDERS:
+            if (done := in_own_process(["--contender", name, *options], job)) is None:
+                return 1
+            found[name] = json.loads((job / f"{name}.json").read_text(encoding="utf-8")) | done
+        rounds.append(found)
+        print(f"round {number} of {chosen.rounds}", file=sys.stderr)
+    result = {
+        "benchmark": "generate",
+        "shape": chosen.shape,
+        "date": datetime.now(UTC).isoformat(timespec="minutes"),
+        "commit": machine.commit(),
+        "hardware": machine.hardware(),
+        "prompts": {"source": source_name(), "count": chosen.prompts, "one_by_one": min(ONE_BY_ONE, chosen.prompts)},
+        "new_tokens": chosen.new_tokens,
+        "rounds": rounds,
+    }
+    name = f"{result['date'][:10]}-generate-{chosen.shape}.json"
+    chosen.results.mkdir(parents=True, exist_ok=True)
+    (chosen.results / name).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(table(result))
+    return 0
+
+
+def in_own_process(options: list[str], job: Path) -> dict[str, Any] | None:
+    """Run this module with these options; None, and the log's end is shown, if it fails."""
+    log = job / "log.txt"
+    done = process.run(sys.executable, "bench.generate", options, scratch=job / "scratch", log=log)
+    if done.status:
+        print(log.read_text(encoding="utf-8")[-3000:], file=sys.stderr)
+        return None
+    return {"peak_memory_gib": done.peak_memory_gib, "elsewhere": done.elsewhere}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Tokens per second and ratios, the median over the rounds, with the least and the most."""
+    lines = [f"{result['shape']}, {result['prompts']['count']} prompts, {result['new_tokens']} new tokens for each"]
+    cases = (
+        ("one prompt after another", "one_by_one", "one_by_one"),
+        ("all at once, beside padded batches", "at_once", "at_once"),
+        ("all at once, beside one after another", "at_once", "one_by_one"),
+    )
+    for label, ours, theirs in cases:
+        for clock in ("seconds", "cpu_seconds"):
+            pairs = [(rate(r["luthier"][ours], clock), rate(r["peft"][theirs], clock)) for r in result["rounds"]]
+            ratios = [one / other for one, other in pairs]
+            speeds = " against ".join(f"{statistics.median(side):.0f}" for side in zip(*pairs, strict=True))
+            spread = f"{statistics.median(ratios):.2f} [{min(ratios):.2f} {max(ratios):.2f}]"
+            lines.append(f"{label:<40}{speeds:>18} tokens per {clock.replace('_', ' '):<12} ratio {spread}")
+    last = result["rounds"][-1]
+    same = sum(a == b for a, b in zip(last["luthier"]["ids"], last["peft"]["ids"], strict=True))
+    lines.append(f"the same ids: {same} of {len(last['peft']['ids'])}")
+    for name in CONTENDERS:
+        taken = max(r[name]["elsewhere"] or 0 for r in result["rounds"])
+        memory = f"{last[name]['peak_memory_gib']:.2f} GiB"
+        lines.append(f"{name}: {memory}; other programs had up to {taken:.0%} of the cores")
+    return "\n".join(lines)
+
+
+def rate(measured: dict[str, float], clock: str) -> float:
+    return measured["tokens"] / measured[clock]
+
+
+# --- in processes of their own --------------------------------------------------------------------------------------
+
+
+def prepare(shape: str, count: int, model: Path, job: Path) -> None:
+    """Base, adapter and prompts, once."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from bench import shapes
+
+    if not model.exists():
+        shapes.build(SHAPES[shape], model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    prompts = [tokenizer(row["prompt"], add_special_tokens=False)["input_ids"] for row in islice(all_rows(), count)]
+    (job / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(model)
+    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted: Any = get_peft_model(base, config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.02)
+    adapted.save_pretrained(job / "adapter")
+    tokenizer.save_pretrained(job / "adapter")
+
+
+def answer(name: str, job: Path, new_tokens: int) -> None:
+    """Load, answer once unmeasured, then measured; writes NAME.json."""
+    prompts: Ids = json.loads((job / "prompts.json").read_text(encoding="utf-8"))
+    one, many = {"peft": with_peft, "luthier": with_luthier}[name](job / "adapter", new_tokens)
+    one(prompts[:1])
+    many(prompts[:2])
+    some, _ = measured(one, prompts[:ONE_BY_ONE])
+    everything, ids = measured(many, prompts)
+    found = {"one_by_one": some, "at_once": everything, "ids": ids}
+    (job / f"{name}.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def measured(answers: Callable[[Ids], Ids], prompts: Ids) -> tuple[dict[str, float], Ids]:
+    began, cpu = time.perf_counter(), time.process_time()
+    ids = answers(prompts)
+    seconds, used = time.perf_counter() - began, time.process_time() - cpu
+    return {"seconds": seconds, "cpu_seconds": used, "tokens": sum(map(len, ids))}, ids
+
+
+def with_peft(adapter: Path, new_tokens: int) -> tuple[Callable[[Ids], Ids], Callable[[Ids], Ids]]:
+    """As its users do: the adapter beside its base, prompts padded on the left."""
+    import torch
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+
+    model: Any = AutoPeftModelForCausalLM.from_pretrained(adapter).eval()
+    tokenizer = AutoTokenizer.from_pretrained(adapter, padding_side="left")
+    model.generation_config.eos_token_id = None  # for everybody the same number of tokens
+    settings = {"max_new_tokens": new_tokens, "do_sample": False}
+
+    def many(prompts: Ids) -> Ids:
+        padded = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
+        with torch.no_grad():
+            out = model.generate(**padded, **settings, pad_token_id=tokenizer.pad_token_id)
+        return [row.tolist() for row in out[:, padded["input_ids"].shape[1] :]]
+
+    return lambda prompts: [many([prompt])[0] for prompt in prompts], many
+
+
+def with_luthier(adapter: Path, new_tokens: int) -> tuple[Callable[[Ids], Ids], Callable[[Ids], Ids]]:
+    import torch
+
+    from luthier.generate.engine import Engine
+    from luthier.generate.sampling import Sampling
+    from luthier.models.assemble import open_for_inference
+
+    # In the dtype that PEFT opens the files in.
+    model, tokenizer, _ = open_for_inference(str(adapter), dtype=torch.float32)
+    engine, sampling = Engine(model, tokenizer, []), Sampling(max_new_tokens=new_tokens, do_sample=False)
+
+    def many(prompts: Ids) -> Ids:
+        return [completion.token_ids for completion in engine.generate(prompts, sampling)]
+
+    return lambda prompts: [many([prompt])[0] for prompt in prompts], many
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

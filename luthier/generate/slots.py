@@ -115,9 +115,13 @@ class Slots:
         keys, values = self._layers[layer]
         outs = []
         writing = self._pass.writing
-        if writing:
+        if writing == 1:  # as below, in half the time
+            place = self._pass.before[0]
+            keys[0, :, place], values[0, :, place] = key[0, :, 0], value[0, :, 0]
+        elif writing:
             keys[self._pass.rows, :, self._pass.places] = key[0, :, :writing].transpose(0, 1)
             values[self._pass.rows, :, self._pass.places] = value[0, :, :writing].transpose(0, 1)
+        if writing:
             outs += self._written(query[:, :, :writing], keys, values, window, options)
         start = writing
         for slot, before, new in self._pass.prompts:

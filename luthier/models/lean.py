@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from luthier.models import attention
 from luthier.models.fuse import fuse
-from luthier.models.fused import Fused, FusedAttention, FusedLayer, FusedMLP, FusedNorm
+from luthier.models.fused import AttentionCall, Fused, FusedAttention, FusedLayer, FusedMLP, FusedNorm
 from luthier.models.isolation import prove
 from luthier.models.memory import PROBE_TOKENS
 
@@ -66,10 +66,14 @@ class LeanMLP(FusedMLP):
             if joinable(module, (*found["inputs"], "down_proj")):
                 yield found
 
+    def __init__(self, module: nn.Module, kind: str, inputs: tuple[str, ...]) -> None:
+        super().__init__(module, kind, inputs)
+        self.layers = Joined([getattr(module, name) for name in inputs])
+        self.down, self.activation = self.module.down_proj, _ACTIVATIONS[kind]
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        m = self.module
-        gate, up = F.linear(x, *joined(m, self.inputs)).chunk(2, -1)
-        return F.linear(_ACTIVATIONS[self.kind](gate) * up, m.down_proj.weight, m.down_proj.bias)
+        gate, up = self.layers(x).chunk(2, -1)
+        return F.linear(self.activation(gate) * up, self.down.weight, self.down.bias)
 
 
 class LeanAttention(FusedAttention):
@@ -81,26 +85,32 @@ class LeanAttention(FusedAttention):
             if joinable(module, (*found["inputs"], "o_proj")):
                 yield found
 
-    def _heads(self, x: torch.Tensor, positions: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def __init__(self, module: nn.Module, call: AttentionCall, inputs: tuple[str, ...], rope: bool) -> None:
+        super().__init__(module, call, inputs, rope)
         m = self.module
-        heads = F.linear(x, *joined(m, self.inputs)).unflatten(-1, (-1, m.head_dim))
-        queries = m.o_proj.in_features // m.head_dim
-        keys = (heads.shape[-2] - queries) // 2
-        turned, value = heads.split([queries + keys, keys], -2)
-        if getattr(m, "q_norm", None) is not None:
-            turned = self._normed(turned, queries)
+        self.layers = Joined([getattr(module, name) for name in inputs])
+        self.head_dim, self.queries = m.head_dim, m.o_proj.in_features // m.head_dim
+        self.keys = (sum(layer.out_features for layer in self.layers.layers) // m.head_dim - self.queries) // 2
+        self.norms = (m.q_norm, m.k_norm) if getattr(m, "q_norm", None) is not None else None
+
+    def _heads(self, x: torch.Tensor, positions: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        batch, tokens, _ = x.shape
+        heads = self.layers(x).view(batch, tokens, -1, self.head_dim)
+        both = self.queries + self.keys
+        turned, value = heads[:, :, :both], heads[:, :, both:]
+        if self.norms is not None:
+            turned = self._normed(turned)
         if self.rope:
             turned = _rotated(turned, *positions)
-        query, key = turned.split([queries, keys], -2)
-        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        turned = turned.transpose(1, 2)
+        return turned[:, : self.queries], turned[:, self.queries :], value.transpose(1, 2)
 
-    def _normed(self, turned: torch.Tensor, queries: int) -> torch.Tensor:
+    def _normed(self, turned: torch.Tensor) -> torch.Tensor:
         """q and k through their norms, which take one head, or all of them at once (OLMo 2)."""
-        m = self.module
+        assert self.norms is not None
         parts = []
-        sides = turned.split([queries, turned.shape[-2] - queries], -2)
-        for part, norm in zip(sides, (m.q_norm, m.k_norm), strict=True):
-            whole = norm.weight.numel() != m.head_dim
+        for part, norm in zip(turned.split([self.queries, self.keys], -2), self.norms, strict=True):
+            whole = norm.weight.numel() != self.head_dim
             parts.append(norm(part.flatten(-2)).view(part.shape) if whole else norm(part))
         return torch.cat(parts, -2)
 
@@ -108,22 +118,23 @@ class LeanAttention(FusedAttention):
 class LeanLayer(FusedLayer):
     """A decoder layer without what training needs of it."""
 
+    def __init__(self, module: nn.Module, form: str) -> None:
+        super().__init__(module, form)
+        m = self.module
+        self.parts = [name and getattr(m, name).forward for name in self.norms]
+        self.attention, self.mlp = m.self_attn.forward, m.mlp.forward
+
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs.get("document_lengths") is None or kwargs.get("past_key_values") is not None:
             return self.original(hidden_states, *args, **kwargs)
         if kwargs.get("label_rows") is not None:
             return self._run(hidden_states, **kwargs)
-        m: Any = self.module
-        before, after, before_mlp, after_mlp = (name and getattr(m, name).forward for name in self.norms)
+        before, after, before_mlp, after_mlp = self.parts
         x = hidden_states
-        added = m.self_attn.forward(hidden_states=before(x) if before else x, **kwargs)[0]
+        added = self.attention(hidden_states=before(x) if before else x, **kwargs)[0]
         added = self._scaled(after(added) if after else added)
-        if isinstance(before_mlp, FusedNorm):
-            normed, x = before_mlp.add(added, x)
-        else:
-            x = x + added
-            normed = before_mlp(x) if before_mlp else x
-        added = m.mlp.forward(normed)
+        x = x + added
+        added = self.mlp(before_mlp(x) if before_mlp else x)
         added = added[0] if isinstance(added, tuple) else added
         return x + self._scaled(after_mlp(added) if after_mlp else added)
 
@@ -140,30 +151,46 @@ def joinable(module: nn.Module, names: Sequence[str]) -> bool:
     )
 
 
-def joined(module: Any, names: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias of layers with one input as one layer's. They move there, and keep their parts as views."""
-    if len(names) == 1:
-        layer = getattr(module, names[0])
-        return layer.weight, layer.bias
-    if (found := module.__dict__.get("_joined")) is None:
-        layers = [getattr(module, name) for name in names]
-        sizes = [layer.out_features for layer in layers]
-        tensors: list[torch.Tensor | None] = []
-        for kind in ("weight", "bias"):
-            parts = [getattr(layer, kind) for layer in layers]
-            whole = None if parts[0] is None else torch.cat([part.detach() for part in parts])
-            if whole is not None:
-                for part, view in zip(parts, whole.split(sizes), strict=True):
-                    part.data = view
-            tensors.append(whole)
-        found = module.__dict__["_joined"] = tuple(tensors)
-    return cast(tuple[torch.Tensor, torch.Tensor | None], found)
+class Joined:
+    """Layers with one input as one layer. Their weights move into one tensor, of which each keeps its part, a view."""
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self.layers = layers
+        self.weight: torch.Tensor | None = None
+        self.bias: torch.Tensor | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight
+        if weight is None or weight.device != x.device or weight.dtype != x.dtype:  # new, or the model has moved
+            self.weight, self.bias = weight, _ = self._join("weight"), self._join("bias")
+        assert weight is not None
+        return F.linear(x, weight, self.bias)
+
+    def _join(self, kind: str) -> torch.Tensor | None:
+        parts = [getattr(layer, kind) for layer in self.layers]
+        if parts[0] is None or len(parts) == 1:
+            return None if parts[0] is None else parts[0].detach()
+        whole = torch.cat([part.detach() for part in parts])
+        for part, view in zip(parts, whole.split([layer.out_features for layer in self.layers]), strict=True):
+            part.data = view
+        return whole
+
+
+_signed: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 def _rotated(x_BTHd: torch.Tensor, cos_BTr: torch.Tensor, sin_BTr: torch.Tensor) -> torch.Tensor:
     """Rotary embedding (Su et al. 2021) of all heads at once; features beyond r pass unchanged."""
     rotated = cos_BTr.shape[-1]
     x = x_BTHd if rotated == x_BTHd.shape[-1] else x_BTHd[..., :rotated]
-    first, second = x.chunk(2, -1)
-    out = torch.addcmul(x * cos_BTr.unsqueeze(2), torch.cat((-second, first), -1), sin_BTr.unsqueeze(2))
+    out = torch.addcmul(x * cos_BTr.unsqueeze(2), x.roll(rotated // 2, -1), _with_signs(sin_BTr))
     return out if x is x_BTHd else torch.cat((out, x_BTHd[..., rotated:]), -1)
+
+
+def _with_signs(sin_BTr: torch.Tensor) -> torch.Tensor:
+    """sin with its first half negative, (B, T, 1, r). All layers of a pass ask for the same."""
+    global _signed
+    if _signed is None or _signed[0] is not sin_BTr:
+        first, second = sin_BTr.chunk(2, -1)
+        _signed = sin_BTr, torch.cat((-first, second), -1).unsqueeze(2)
+    return _signed[1]

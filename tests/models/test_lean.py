@@ -77,3 +77,12 @@ def test_what_is_trained_or_takes_no_flat_pass_stays_as_it_is() -> None:
         model = toy_model(family)
         make_lean(model)
         assert not any(isinstance(module.__dict__.get("forward"), Fused) for module in model.modules())
+
+
+def test_a_model_that_moves_afterwards_is_joined_again() -> None:
+    model = frozen("llama")
+    ids = torch.randint(3, 120, (12,), generator=torch.Generator().manual_seed(0))
+    make_lean(model)
+    before = flat_logits(model, ids, (12,))
+    model.double()
+    torch.testing.assert_close(flat_logits(model, ids, (12,)).float(), before, rtol=1e-4, atol=1e-5)

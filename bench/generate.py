@@ -61,12 +61,13 @@ def main(given: list[str] | None = None) -> int:
         return 1
     rounds: list[dict[str, Any]] = []
     for number in range(1, chosen.rounds + 1):
-        found = {}
+        found: dict[str, dict[str, Any]] = {}
         for name in CONTENDERS:
             if (done := in_own_process(["--contender", name, *options], job)) is None:
                 return 1
             found[name] = json.loads((job / f"{name}.json").read_text(encoding="utf-8")) | done
-        rounds.append(found)
+        ids = [measured.pop("ids") for measured in found.values()]
+        rounds.append(found | {"same_ids": sum(one == other for one, other in zip(*ids, strict=True))})
         print(f"round {number} of {chosen.rounds}", file=sys.stderr)
     result = {
         "benchmark": "generate",
@@ -78,7 +79,7 @@ def main(given: list[str] | None = None) -> int:
         "new_tokens": chosen.new_tokens,
         "rounds": rounds,
     }
-    name = f"{result['date'][:10]}-generate-{chosen.shape}.json"
+    name = f"generate-cpu-{chosen.shape}-{result['date'][:10]}.json"
     chosen.results.mkdir(parents=True, exist_ok=True)
     (chosen.results / name).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(result))
@@ -95,33 +96,74 @@ def in_own_process(options: list[str], job: Path) -> dict[str, Any] | None:
     return {"peak_memory_gib": done.peak_memory_gib, "elsewhere": done.elsewhere}
 
 
-def table(result: dict[str, Any]) -> str:
-    """Tokens per second and ratios, the median over the rounds, with the least and the most."""
-    lines = [f"{result['shape']}, {result['prompts']['count']} prompts, {result['new_tokens']} new tokens for each"]
+def lines(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Case, tokens per second of both, the ratio by the clock and by the processor's seconds: medians over the rounds,
+    with the least and the most."""
     cases = (
         ("one prompt after another", "one_by_one", "one_by_one"),
-        ("all at once, beside padded batches", "at_once", "at_once"),
-        ("all at once, beside one after another", "at_once", "one_by_one"),
+        (f"{result['prompts']['count']} prompts at once, PEFT in one padded batch", "at_once", "at_once"),
+        (f"{result['prompts']['count']} prompts at once, PEFT one after another", "at_once", "one_by_one"),
     )
+    found = []
     for label, ours, theirs in cases:
+        cells = []
         for clock in ("seconds", "cpu_seconds"):
             pairs = [(rate(r["luthier"][ours], clock), rate(r["peft"][theirs], clock)) for r in result["rounds"]]
             ratios = [one / other for one, other in pairs]
-            speeds = " against ".join(f"{statistics.median(side):.0f}" for side in zip(*pairs, strict=True))
-            spread = f"{statistics.median(ratios):.2f} [{min(ratios):.2f} {max(ratios):.2f}]"
-            lines.append(f"{label:<40}{speeds:>18} tokens per {clock.replace('_', ' '):<12} ratio {spread}")
-    last = result["rounds"][-1]
-    same = sum(a == b for a, b in zip(last["luthier"]["ids"], last["peft"]["ids"], strict=True))
-    lines.append(f"the same ids: {same} of {len(last['peft']['ids'])}")
-    for name in CONTENDERS:
-        taken = max(r[name]["elsewhere"] or 0 for r in result["rounds"])
-        memory = f"{last[name]['peak_memory_gib']:.2f} GiB"
-        lines.append(f"{name}: {memory}; other programs had up to {taken:.0%} of the cores")
-    return "\n".join(lines)
+            if clock == "seconds":
+                cells.append(" and ".join(f"{statistics.median(side):.0f}" for side in zip(*pairs, strict=True)))
+            cells.append(f"{statistics.median(ratios):.2f}x ({min(ratios):.2f}-{max(ratios):.2f})")
+        found.append((label, *cells))
+    return found
 
 
 def rate(measured: dict[str, float], clock: str) -> float:
     return measured["tokens"] / measured[clock]
+
+
+def caption(result: dict[str, Any]) -> str:
+    hardware, rounds, prompts = result["hardware"], result["rounds"], result["prompts"]
+    memory = " and ".join(f"{max(r[name]['peak_memory_gib'] for r in rounds):.2f}" for name in CONTENDERS[::-1])
+    taken = max(r[name]["elsewhere"] or 0 for r in rounds for name in CONTENDERS)
+    same = min(r["same_ids"] for r in rounds)
+    return (
+        f"{result['shape']}: {hardware['cpu']}, {hardware['cores']} cores; {result['date'][:10]}, commit "
+        f"{result['commit']}; {len(rounds)} rounds, {prompts['count']} prompts ({prompts['source']}), "
+        f"{result['new_tokens']} new tokens each, fp32; the same ids: {same} of {prompts['count']}; memory "
+        f"{memory} GiB; other programs had up to {taken:.0%} of the cores"
+    )
+
+
+def table(result: dict[str, Any]) -> str:
+    """As text."""
+    head = ("", "tokens/s, Luthier and PEFT", "Luthier is", "by CPU seconds")
+    rows = [head, *lines(result)]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    shown = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join([caption(result), *shown])
+
+
+def section(results: list[dict[str, Any]]) -> str:
+    """The part of docs/benchmarks.md: the newest result of each shape."""
+    newest = {result["shape"]: result for result in sorted(results, key=lambda result: result["date"])}
+    if not newest:
+        return ""
+    parts = [
+        "## Writing with an adapter",
+        "LoRA of rank 16 on all linear maps, greedy. PEFT keeps the adapter beside its base and writes by\n"
+        "`model.generate`; Luthier merges it in memory. Tokens are new ones; ratios are within rounds, the median and the\n"
+        "extremes.",
+    ]
+    for _, result in sorted(newest.items()):
+        body = ["| " + " | ".join(line) + " |" for line in lines(result)]
+        head = "| | tokens/s, Luthier and PEFT | Luthier is | by CPU seconds |\n| --- | --- | --- | --- |"
+        parts += [caption(result) + ".", "\n".join([head, *body])]
+    return "\n\n".join(parts) + "\n"
+
+
+def load(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """The results that are there."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("generate-*.json"))]
 
 
 # --- in processes of their own --------------------------------------------------------------------------------------

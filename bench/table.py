@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bench import generate
 from bench.environments import ROOT
 from bench.figures import Figures, figures, kind, ratios_by_work
 from bench.gpu import table as gpu_table
@@ -134,8 +135,9 @@ def page(results: list[dict[str, Any]]) -> str:
     for result in sorted(results, key=lambda result: result["date"]):
         newest[result["shape"], kind(result)] = result
     tables = [as_markdown(result) for _, result in sorted(newest.items())]
+    writing = generate.section(generate.load())
     gpu = gpu_table.section(gpu_table.load())
-    return "\n".join([INTRODUCTION, HOW_TO_READ, "\n\n".join(tables), "", gpu])
+    return "\n".join([INTRODUCTION, HOW_TO_READ, "\n\n".join(tables), "", writing, gpu])
 
 
 def load(folder: Path = RESULTS) -> list[dict[str, Any]]:

@@ -151,8 +151,8 @@ def section(results: list[dict[str, Any]]) -> str:
     parts = [
         "## Writing with an adapter",
         "LoRA of rank 16 on all linear maps, greedy. PEFT keeps the adapter beside its base and writes by\n"
-        "`model.generate`; Luthier merges it in memory. Tokens are new ones; ratios are within rounds, the median and the\n"
-        "extremes.",
+        "`model.generate`; Luthier merges it in memory. Tokens are new ones; ratios are within rounds, the median and\n"
+        "the extremes.",
     ]
     for _, result in sorted(newest.items()):
         body = ["| " + " | ".join(line) + " |" for line in lines(result)]

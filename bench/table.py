@@ -137,7 +137,7 @@ def page(results: list[dict[str, Any]]) -> str:
     tables = [as_markdown(result) for _, result in sorted(newest.items())]
     writing = generate.section(generate.load())
     gpu = gpu_table.section(gpu_table.load())
-    return "\n".join([INTRODUCTION, HOW_TO_READ, "\n\n".join(tables), "", writing, gpu])
+    return "\n".join([INTRODUCTION, HOW_TO_READ, "\n\n".join(tables), "", *filter(None, [writing]), gpu])
 
 
 def load(folder: Path = RESULTS) -> list[dict[str, Any]]:

@@ -1,7 +1,10 @@
-"""Luthier fine-tunes open language models from one YAML file.
+"""Luthier fine-tunes open language models: from one YAML file, or from Python.
 
-    from luthier import Config, run
-    result = run(Config.load("my-run.yml"))
+    import luthier
+    result = luthier.train("my-run.yml", learning_rate=1e-4)
+    print(luthier.load(result.output_dir).generate("What is a luthier?"))
+
+    from luthier import FastLanguageModel, SFTTrainer, SFTConfig  # in place of `unsloth` and `trl`
 
 The names below are imported when they are first used, so that `import luthier` and `luthier --help` load
 neither torch nor transformers.
@@ -23,23 +26,76 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 if TYPE_CHECKING:
+    from luthier.api.arguments import DPOConfig, ORPOConfig, SFTConfig, TrainingArguments
+    from luthier.api.devices import is_bfloat16_supported
+    from luthier.api.loaded import Loaded, load
+    from luthier.api.models import FastLanguageModel
+    from luthier.api.trainers import DPOTrainer, ORPOTrainer, SFTTrainer
     from luthier.config import Config
+    from luthier.train import train_from as train
+    from luthier.train.run import RunResult
     from luthier.train.run import train as run
 
 __version__ = "0.1.0"
-__all__ = ["Config", "__version__", "run"]
 
-# The function is `run` here: `luthier.train` is a package, and a name cannot be both.
-_HOME = {"Config": ("luthier.config", "Config"), "run": ("luthier.train.run", "train")}
+_HOME = {
+    "Config": "luthier.config",
+    "DPOConfig": "luthier.api.arguments",
+    "DPOTrainer": "luthier.api.trainers",
+    "FastLanguageModel": "luthier.api.models",
+    "Loaded": "luthier.api.loaded",
+    "ORPOConfig": "luthier.api.arguments",
+    "ORPOTrainer": "luthier.api.trainers",
+    "RunResult": "luthier.train.run",
+    "SFTConfig": "luthier.api.arguments",
+    "SFTTrainer": "luthier.api.trainers",
+    "TrainingArguments": "luthier.api.arguments",
+    "is_bfloat16_supported": "luthier.api.devices",
+    "load": "luthier.api.loaded",
+}
+__all__ = [
+    "Config",
+    "DPOConfig",
+    "DPOTrainer",
+    "FastLanguageModel",
+    "Loaded",
+    "ORPOConfig",
+    "ORPOTrainer",
+    "RunResult",
+    "SFTConfig",
+    "SFTTrainer",
+    "TrainingArguments",
+    "__version__",
+    "is_bfloat16_supported",
+    "load",
+    "run",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    value: Any
+    if name == "train":  # the package, which can be called; it is its own attribute here once it is imported
+        return importlib.import_module("luthier.train")
+    if name == "run":
+        value = importlib.import_module("luthier.train.run").train
+    elif name in _HOME:
+        value = getattr(_imported(_HOME[name]), name)
+    else:
         raise AttributeError(f"module 'luthier' has no attribute {name!r}")
-    module, attribute = _HOME[name]
-    value = getattr(importlib.import_module(module), attribute)
     globals()[name] = value
     return value
+
+
+def _imported(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != "peft":
+            raise
+        raise ModuleNotFoundError(
+            "models for notebooks are PEFT models: pip install 'luthier[notebook]' (or peft)", name="peft"
+        ) from error
 
 
 def __dir__() -> list[str]:

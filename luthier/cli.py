@@ -43,17 +43,22 @@ VERBS: dict[str, Verb] = {
     "plan": Verb(
         "luthier.plan.command:command", "Say what a run will need: memory, time, cost.", takes_overrides=True
     ),
-    "generate": Verb("luthier.generate.cli:command", "Let a model or a run answer."),
+    "generate": Verb("luthier.generate.cli:command", "Let a model or a run answer, a prompt or a file of them."),
+    "chat": Verb("luthier.generate.chat:command", "Talk to a model or a run in the terminal."),
+    "serve": Verb("luthier.serve.command:command", "Let models answer over HTTP, as OpenAI's do."),
     "evaluate": Verb("luthier.evaluate.command:command", "Measure a run or a model, alone or beside its base."),
     "judge": Verb("luthier.evaluate.judge.command:command", "Let a model or a person say whose answers are better."),
     "merge-lora": Verb(
         "luthier.export.command:command", "Merge an adapter, or several, into the base.", takes_overrides=True
     ),
+    "push": Verb("luthier.export.push_command:command", "Upload an adapter or a model to the hub."),
+    "export": Verb("luthier.export.save:command", "Save a run or a model as adapter, merged, in 4 bits, or as GGUF."),
     "report": Verb("luthier.experiments.report:command", "Show what a run did, or several, as one page."),
     "demo": Verb("luthier.demo.command:demo", "Train a tiny model and see that it learned."),
     "config-schema": Verb(
         "luthier.config.reference:command", "Print the JSON Schema of the config, for editors."
     ),
+    "completion": Verb("luthier.completion:command", "Print a shell's completion script."),
     "doctor": Verb("luthier.doctor:command", "Say what this machine and this installation have."),
 }
 

@@ -25,16 +25,22 @@ import luthier
 if TYPE_CHECKING:
     import torch
 
-# Beside the name, what one gets with it; the first four are extras of Luthier.
+# Beside the name, what one gets with it.
 OPTIONAL: dict[str, str] = {
     "tensorboard": "report_to: tensorboard",
     "wandb": "report_to: wandb",
     "trackio": "report_to: trackio",
     "mlflow": "report_to: mlflow",
+    "bitsandbytes": "weights in 4 and 8 bits, optimizers with 8-bit or paged state",
+    "lm-eval": "luthier evaluate --tasks",
+    "fastapi": "luthier serve",
     "sentencepiece": "tokenizers that come as a sentencepiece model only",
     "flash-attn": "attn_implementation: flash_attention_2",
 }
-EXTRAS = ("tensorboard", "wandb", "trackio", "mlflow", "sentencepiece")
+# Those that an extra of Luthier brings, by the extra's name.
+EXTRAS = {name: name for name in ("tensorboard", "wandb", "trackio", "mlflow", "bitsandbytes", "sentencepiece")}
+EXTRAS["lm-eval"] = "harness"
+EXTRAS["fastapi"] = "serve"
 
 _LONG_ENOUGH = 0.02  # seconds; shorter timings are mostly overhead
 _TOO_LONG = 0.5  # seconds that one size may be expected to take
@@ -89,7 +95,7 @@ def as_text(report: dict[str, Any]) -> str:
         if found["version"]:
             lines.append(f"  {name:<16} {found['version']:<12} {found['for']}")
         else:
-            wanted = f'pip install "luthier[{name}]"' if name in EXTRAS else f"pip install {name}"
+            wanted = f'pip install "luthier[{EXTRAS[name]}]"' if name in EXTRAS else f"pip install {name}"
             lines.append(f"  {name:<16} {'missing':<12} {found['for']}  ({wanted})")
     cache = report["cache"]
     lines += ["", f"Prepared data is kept in {cache['folder']} ({cache['mib']:.0f} MiB now)"]

@@ -18,7 +18,8 @@ def test_report(capsys):
     assert f"torch            {torch.__version__}" in text
     assert "cpu" in text
     assert "`bf16: auto` computes in" in text
-    assert "luthier[mlflow]" in text or report["optional"]["mlflow"]["version"]
+    for name, extra in (("mlflow", "mlflow"), ("bitsandbytes", "bitsandbytes"), ("lm-eval", "harness")):
+        assert f"luthier[{extra}]" in text or report["optional"][name]["version"]
     doctor.command(as_json=True)
     assert json.loads(capsys.readouterr().out)["luthier"] == report["luthier"]
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from luthier.data.dataset import TokenDataset
-from luthier.evaluate.batches import SHARE_OF_MEMORY, cache_bytes, in_batches
+from luthier.generate.batches import SHARE_OF_MEMORY, cache_bytes, in_batches
 from luthier.generate.engine import MAX_CACHED_TOKENS, Engine
 from luthier.generate.sampling import Sampling
 from luthier.generate.text import continuation

@@ -20,6 +20,9 @@ def command(
     model: Annotated[
         str, typer.Argument(metavar="RUN_OR_MODEL", help="Run folder, adapter, model folder, or hub id.")
     ],
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="FILE", help="Further files of --data, where a pattern names several.")
+    ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(help="A config, or data files (may be repeated). Default: the run's own validation data."),
@@ -96,6 +99,13 @@ def command(
     ] = False,
 ) -> None:
     """Measure a run, an adapter or a model."""
+    if more:
+        # `--data rows-*.jsonl` comes here as several names: the shell has put those that match in the pattern's place.
+        if not data or not all(Path(name).is_file() for name in more):
+            raise ConfigError(
+                f"{more[0]}: one run or model is measured at a time; another beside it is --compare, rows are --data"
+            )
+        data = [*data, *more]
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: it is one of {', '.join(DTYPES)}")
     of_benchmark: dict[str, Any] = {
@@ -152,7 +162,7 @@ def command(
             model,
             as_json,
             compare=compare,
-            data=_one(data),
+            data=data[0] if data and len(data) == 1 else data,
             subjects=subjects,
             mode=mode,
             record=record,
@@ -195,12 +205,6 @@ def command(
     names = result["names"]
     print("\n".join(lines_of(result["figures"], names["target"], names["compare"])))
     print(f"\n{path}, and row by row in {result['rows']} beside it")
-
-
-def _one(data: list[str] | None) -> str | None:
-    if data and len(data) > 1:
-        raise ConfigError("--data: a benchmark's questions are in one place: give it once")
-    return data[0] if data else None
 
 
 def _refuse(options: dict[str, Any], why: str) -> None:

@@ -27,7 +27,7 @@ from luthier.evaluate.figures import all_figures
 from luthier.evaluate.general import GROUP, general_data, general_set, limit_of
 from luthier.evaluate.general import NAME as GENERAL
 from luthier.evaluate.labelled import score_labelled
-from luthier.evaluate.measure import DTYPES, find_budget, free_unused, score_documents
+from luthier.evaluate.measure import DTYPES, find_budget, score_documents
 from luthier.evaluate.pairs import score_pairs
 from luthier.evaluate.progress import Progress
 from luthier.evaluate.results import check_writable, results_folder, write_results
@@ -37,6 +37,7 @@ from luthier.generate.engine import default_terminators
 from luthier.models.assemble import open_base, open_for_inference, tokenizer_for_inference
 from luthier.models.device import choose_device
 from luthier.models.isolation import build_policy
+from luthier.models.memory import free_unused
 from luthier.models.rope import check_length
 
 log = logging.getLogger("luthier")
@@ -109,7 +110,7 @@ def evaluate_data(
         figures["all"]["target"]["kl"] = found[0].answers.kl
     return write_results(
         folder,
-        wanted.name,
+        wanted.name if limit is None else f"{wanted.name}-limit{limit}",
         kind=GENERAL if general else "data",
         target=target,
         compare=None if compare is None else (sides[1].path or sides[1].config.model.base_model),

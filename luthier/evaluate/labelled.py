@@ -22,8 +22,9 @@ from luthier.data.loader import Batch, StepLoader
 from luthier.errors import RunError
 from luthier.evaluate.figures import RowFigures
 from luthier.evaluate.intervals import Floats, bootstrap
-from luthier.evaluate.measure import free_unused, in_passes, is_out_of_memory, warn_of_infinite
+from luthier.evaluate.measure import in_passes, warn_of_infinite
 from luthier.generate.text import decode
+from luthier.models.memory import free_unused, is_out_of_memory
 from luthier.models.policy import Policy
 
 log = logging.getLogger("luthier")

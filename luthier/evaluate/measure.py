@@ -6,7 +6,6 @@ grouped, compared between two models and drawn again for an interval.
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from luthier.data.dataset import TokenDataset
 from luthier.data.loader import Batch, make_batch
 from luthier.data.packing import best_fit, cut_into_passes
 from luthier.errors import RunError
-from luthier.models.memory import PROBE_TOKENS, Budget, choose_budget
+from luthier.models.memory import PROBE_TOKENS, Budget, choose_budget, free_unused, is_out_of_memory
 from luthier.models.policy import Policy
 
 log = logging.getLogger("luthier")
@@ -150,18 +149,3 @@ def _too_long(dataset: TokenDataset, row: int) -> str:
         f"{dataset.location(row)}: out of memory in one document of {dataset.lengths[row]:,} tokens, so that no cut "
         "helps: --dtype bf16 halves the weights, and a smaller sequence_len (in a config) leaves such rows out"
     )
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """CUDA has a class for it; the CPU's allocator and MPS have words only."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    words = ("can't allocate memory", "not enough memory", "MPS backend out of memory", "CUDA out of memory")
-    return isinstance(error, RuntimeError) and any(each in str(error) for each in words)
-
-
-def free_unused(device: torch.device) -> None:
-    """Give back what nothing holds any more."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

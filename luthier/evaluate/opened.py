@@ -17,7 +17,7 @@ from luthier.config.datasets import DatasetEntry
 from luthier.data.hub import notice_missing_network
 from luthier.errors import ConfigError
 from luthier.evaluate.results import RUN_CONFIG, digest, run_folder
-from luthier.generate.cli import asking_format
+from luthier.generate.asking import asking_format
 from luthier.models.adapter_files import CONFIG as ADAPTER_CONFIG
 from luthier.models.adapter_files import read_adapter_config
 from luthier.models.assemble import open_base, open_for_inference, tokenizer_for_inference

@@ -36,7 +36,7 @@ def run_folder(target: str) -> Path | None:
     if (folder / RUN_CONFIG).is_file():
         return folder
     inside = folder.name.startswith("checkpoint-") or folder.name == "merged"
-    above = folder.resolve().parent
+    above = folder.parent
     return above if inside and (above / RUN_CONFIG).is_file() else None
 
 
@@ -97,11 +97,13 @@ def write_results(
     **further: Any,
 ) -> tuple[Path, dict[str, Any]]:
     """Write `name.json` and `name.jsonl`, each whole or not at all; gives the JSON's path and its content. `rows` may
-    also name a file of the folder that holds them already.
+    also name a file of the folder that holds them already. A result with another model beside it is not lost to one
+    without: that has a name of its own.
 
     Raises:
         RunError: the folder cannot be written.
     """
+    name = _name_beside(folder, name, target, compare)
     described = {
         "kind": kind,
         "target": target,
@@ -123,6 +125,26 @@ def write_results(
     except OSError as error:
         raise _unwritable(folder, error) from error
     return path, described
+
+
+def _name_beside(folder: Path, name: str, target: str, compare: str | None) -> str:
+    """`name`, or one that says what the model is set beside where the result that is there sets it beside another."""
+    path = folder / f"{name}.json"
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+        there = old["compare"] if _same_model(old["target"], target) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return name
+    if not isinstance(there, str) or (compare is not None and _same_model(there, compare)):
+        return name
+    how = "alone" if compare is None else "beside-" + re.sub(r"[^\w.-]+", "--", compare.strip("./"))[-60:]
+    log.info("%s, with %s beside the model, stays: this result is %s-%s.json", path, there, name, how)
+    return f"{name}-{how}"
+
+
+def _same_model(one: str, other: str) -> bool:
+    """Whether two strings name the same model; one that is a folder here may be written in several ways."""
+    return one == other or Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
 def _write_whole(path: Path, pieces: Iterable[str]) -> None:

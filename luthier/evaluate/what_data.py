@@ -16,6 +16,7 @@ from luthier.config import Config
 from luthier.config.datasets import TYPES, DatasetEntry
 from luthier.config.entries import flaws
 from luthier.data.formats import columns_of
+from luthier.data.hub import notice_missing_network
 from luthier.data.readers import open_rows
 from luthier.errors import ConfigError, DataError
 from luthier.evaluate.results import RUN_CONFIG, run_folder
@@ -66,12 +67,17 @@ def what_data(target: str, data: Sequence[str], type: str | None) -> Wanted:
 
 
 def must_exist(target: str) -> None:
-    """Refuse what can only be a folder and is none, before the hub is asked for it."""
+    """Refuse what can only be a folder and is none, before the hub is asked for it; and where there is no network, find
+    that out once, before the hub's client waits for it at each file."""
     path = Path(target).expanduser()
     first, *inside = target.split("/")
     a_folder = target.startswith(("/", ".", "~")) or len(inside) > 1 or (inside and Path(first).is_dir())
     if a_folder and not path.exists():
         raise ConfigError(f"{target}: there is no such folder")
+    run = run_folder(target)
+    base = None if run is None else Config.load(run / RUN_CONFIG).model.base_model
+    if not all(Path(name).expanduser().exists() for name in (target, base or target)):
+        notice_missing_network()
 
 
 def _of_run(target: str, type: str | None, run: Config | None) -> Wanted:

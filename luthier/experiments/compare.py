@@ -87,9 +87,12 @@ def measures_differ(runs: Sequence[Run]) -> list[str]:
     """In what the runs differ of all that an eval loss depends on, apart from what was trained."""
     evaluated = [run for run in runs if run.points("eval_loss")]
     found = [key for key in _MEASURE if len({_plain(run.config.get(key)) for run in evaluated}) > 1]
-    if all("val_set_size" not in run.config or not run.config["val_set_size"] for run in evaluated):
+    if not any(run.config.get("val_set_size") for run in evaluated):
         found = [key for key in found if key != "seed"]  # it draws what is held out, and nothing is drawn
-    data = {_plain([_fingerprints(run, "sources"), _fingerprints(run, "test_sources")]) for run in evaluated}
+    # What is tested on other rows may have been trained on any: which do better is what such runs are compared for.
+    tested = all(run.config.get("test_datasets") for run in evaluated)
+    names = ("test_sources",) if tested else ("sources", "test_sources")
+    data = {_plain([_fingerprints(run, name) for name in names]) for run in evaluated}
     return [*found, "the data"] if len(data) > 1 else found
 
 

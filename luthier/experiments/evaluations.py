@@ -372,7 +372,7 @@ def shown_figure(name: str, value: float, sign: str = "") -> str:
     if _is_share(name) and abs(value) <= 1:
         return f"{100 * value:{sign}.1f}" + ("" if sign else "%")
     if name == "perplexity":
-        return f"{value:.3g}"
+        return f"{value:.3g}" if value < 999.5 or value >= 1e9 else f"{value:,.0f}"
     if abs(value) < 100:
         return f"{value:{sign}.{4 if abs(value) < 10 else 2}f}"
     return (sign if value > 0 else "") + number(value)

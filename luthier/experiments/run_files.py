@@ -167,7 +167,8 @@ def config_lines(text: str) -> list[tuple[str, list[ConfigLine]]]:
 
 
 def _evaluations(folder: Path) -> Iterator[tuple[str, Row, list[Row]]]:
-    for path in sorted(folder.glob("*.json")):
+    # By name without its ending, so that `general` comes before `general-limit20`.
+    for path in sorted(folder.glob("*.json"), key=lambda path: path.stem):
         result = _object(path)
         if not isinstance(result.get("figures"), dict):
             continue

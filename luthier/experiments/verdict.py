@@ -107,8 +107,8 @@ def verdicts(
 
 def headline(run: Run, found: list[Verdict]) -> str:
     """One sentence, from what can be told."""
-    good = " and ".join(verdict.short for verdict in found if verdict.short and verdict.mood != BAD)
-    bad = " and ".join(verdict.short for verdict in found if verdict.short and verdict.mood == BAD)
+    good = _joined([verdict.short for verdict in found if verdict.short and verdict.mood != BAD])
+    bad = _joined([verdict.short for verdict in found if verdict.short and verdict.mood == BAD])
     if not run.metrics:
         return "Nothing has been logged yet."
     progress = ""
@@ -121,6 +121,11 @@ def headline(run: Run, found: list[Verdict]) -> str:
         return f"It is too early to tell.{progress}"
     text = f"{good}, but {bad}" if good and bad else good or bad
     return f"It {text}.{progress}"
+
+
+def _joined(texts: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join(text for text in (", ".join(texts[:-1]), *texts[-1:]) if text)
 
 
 def _learned(run: Run) -> Verdict:
@@ -142,8 +147,9 @@ def _learned(run: Run) -> Verdict:
     more = f" It predicts {accuracy:.1%} of the held-out tokens." if accuracy is not None else ""
     evaluated = run.points("eval_loss")
     if len(evaluated) > 1 and evaluated[0][1] > 0:
-        best = min(value for _, value in evaluated)
-        more = f" Eval loss went from {_loss(evaluated[0][1])} to {_loss(best)} at its best.{more}"
+        first_eval, best = evaluated[0][1], min(value for _, value in evaluated)
+        went = f"went from {_loss(first_eval)} to {_loss(best)} at its best"
+        more = f" Eval loss {went if best < first_eval else f'was never below its first, {_loss(best)}'}.{more}"
     return Verdict(question, f"Yes: {fell}.{more}", GOOD, "learned")
 
 

@@ -122,7 +122,7 @@ def _first(source: str, overrides: Sequence[str]) -> tuple[Share, Config | None]
             "file; luthier merge-lora --help lists the options"
         )
     share = parse_share(source)
-    return share, _config_of(share.folder)
+    return share, config_of(share.folder)
 
 
 def _taken(overrides: Sequence[str], key: str) -> tuple[str | None, list[str]]:
@@ -143,7 +143,7 @@ def _taken(overrides: Sequence[str], key: str) -> tuple[str | None, list[str]]:
     return value, rest
 
 
-def _config_of(folder: Path) -> Config | None:
+def config_of(folder: Path) -> Config | None:
     """Of the run that made an adapter, from the folder itself or from above a checkpoint."""
     above = [folder.resolve().parent] if folder.resolve().name.startswith("checkpoint-") else []
     for place in (folder, *above):

@@ -1,4 +1,5 @@
-"""`luthier generate`: one prompt to a run, an adapter or a model, and the answer as it comes.
+"""`luthier generate`: one prompt to a run, an adapter or a model, and the answer as it comes; or a file of prompts, and
+a file of answers.
 
 A tuned model is asked in the format that it was trained in, which its run folder remembers: whoever asks
 writes an instruction and not a template. The answer goes to standard output and everything else to standard
@@ -11,57 +12,88 @@ import logging
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from luthier.errors import ConfigError
+from luthier.generate.asking import LONGEST, asking_format
 
 if TYPE_CHECKING:
-    from luthier.config import Config, DatasetEntry
+    from luthier.generate.sampling import Sampling
+
+__all__ = ["LONGEST", "asking_format", "command"]
 
 log = logging.getLogger("luthier")
-
-LONGEST = 512  # new tokens where neither the command nor the model says
 
 
 def command(
     model: Annotated[
         str, typer.Argument(metavar="RUN_OR_MODEL", help="Run folder, adapter, model folder, or hub id.")
     ],
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to ask; - reads standard input.")],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="What to ask; - reads standard input.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Prompts: JSONL, JSON, CSV, Parquet or Arrow rows, or text, one a line.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSONL of answers, with --data.")] = None,
+    field: Annotated[str | None, typer.Option(help="Column of the prompt. Default: by the model's format.")] = None,
     input: Annotated[
         str, typer.Option(help="The input beside the instruction, for formats that have one.")
     ] = "",
-    system: Annotated[str | None, typer.Option(help="System text, for formats that have one.")] = None,
+    system: Annotated[
+        str | None, typer.Option(help="System text, for formats that have one, and for rows without their own.")
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, in no format.")] = False,
+    num_samples: Annotated[int, typer.Option(min=1, help="Answers to each prompt of --data.")] = 1,
     max_new_tokens: Annotated[
         int | None, typer.Option(help=f"Longest answer. Default: the model's own, else {LONGEST}.")
     ] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy. Default: the model's own.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample from this much probability.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Sample from so many tokens; 0: from all.")] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1, what is there already gets less likely.")
+    ] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same answer.")] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="Text that ends the answer; may be repeated.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start --output anew, whatever is in it.")] = False,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Leave rows of --data out that cannot be read.")
+    ] = False,
+    engine: Annotated[
+        str, typer.Option(metavar="luthier|vllm", help="What answers --data; vllm where it is installed.")
+    ] = "luthier",
 ) -> None:
-    """Let a model or a run answer a prompt."""
+    """Let a model or a run answer a prompt, or every row of a file.
+
+    The same command goes on with an --output that is not whole. The page on generating says what is in it.
+    """
+    if (prompt is None) == (data is None):
+        raise ConfigError("give one of --prompt TEXT and --data FILE")
     if greedy and (temperature, top_p, top_k) != (None, None, None):
         raise ConfigError("--greedy leaves nothing to sample: drop it, or --temperature, --top-p and --top-k")
     if raw and (input or system is not None):
         raise ConfigError("--raw takes the prompt as it is: put --input and --system into it yourself")
-    text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+    if engine not in ("luthier", "vllm"):
+        raise ConfigError(f"--engine {engine}: it is luthier or vllm")
+    if data is not None:
+        if output is None:
+            raise ConfigError("--data needs --output FILE.jsonl, for the answers")
+        if input:
+            raise ConfigError("--input is that of a single prompt: rows of --data have their own")
+    else:
+        of_files = {"--output": output, "--field": field, "--num-samples": num_samples > 1, "--overwrite": overwrite,
+                    "--skip-bad-rows": skip_bad_rows, "--engine vllm": engine != "luthier"}  # fmt: skip
+        if given := [name for name, value in of_files.items() if value]:
+            raise ConfigError(f"{', '.join(given)} go with --data FILE")
 
     # As late as this, so that --help does not wait for torch.
-    from luthier.data.formats import prompt_example
-    from luthier.data.hub import notice_missing_network
-    from luthier.data.render import Renderer
-    from luthier.data.tokenizer import terminator_ids
-    from luthier.generate.engine import Engine, default_terminators
     from luthier.generate.sampling import Sampling
-    from luthier.models.assemble import open_for_inference
 
     sampling = Sampling(
         max_new_tokens=max_new_tokens,
@@ -69,17 +101,27 @@ def command(
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
+        repetition_penalty=repetition_penalty,
         seed=seed,
         stop=tuple(stop or ()),
     )
-    if not Path(model).expanduser().exists():
-        notice_missing_network()
-    opened, tokenizer, own = open_for_inference(model)
-    config, entry = asking_format(model, tokenizer, own, raw=raw)
-    example = prompt_example(entry, text, input, system, config.preference.rl)
-    prompt_ids = Renderer(tokenizer, config).prompt_ids(example, entry)
-    terminators = {*terminator_ids(tokenizer, config), *default_terminators(opened)}
-    engine = Engine(opened, tokenizer, sorted(terminators), default_new_tokens=LONGEST)
+    if data is None:
+        text = sys.stdin.read().removesuffix("\n") if prompt == "-" else str(prompt)
+        _answer_one(model, text, input, system, raw, sampling)
+        return
+    from luthier.generate.files import Task, answer_file
+    from luthier.generate.questions import Place
+
+    assert output is not None
+    place = Place(field, raw, system or None)
+    answer_file(Task(model, data, output, place, sampling, num_samples, overwrite, skip_bad_rows, engine))
+
+
+def _answer_one(model: str, text: str, input: str, system: str | None, raw: bool, sampling: Sampling) -> None:
+    from luthier.generate.asking import open_engine
+
+    engine, asking = open_engine(model, raw=raw)
+    prompt_ids = asking.ids(asking.example(text, input, system))
     began = time.perf_counter()
     deltas = engine.stream(prompt_ids, sampling)
     for piece in deltas:
@@ -90,26 +132,3 @@ def command(
     count, seconds = len(deltas.completion.token_ids), time.perf_counter() - began
     ended = "" if deltas.completion.finish_reason == "stop" else "; cut off, see --max-new-tokens"
     log.info("%d tokens, %.1f per second%s", count, count / seconds, ended)
-
-
-def asking_format(
-    path: str, tokenizer: Any, run: Config | None, *, raw: bool = False
-) -> tuple[Config, DatasetEntry]:
-    """The config and dataset entry whose format a prompt is put into.
-
-    A run's own, for its checkpoints and its merged model too: that of its first dataset. Without a run: the chat
-    template of the tokenizer, and where there is none, or if `raw`, the text as it is.
-    """
-    from luthier.config import Config
-
-    above = Path(path).expanduser().resolve().parent / "config.yaml"
-    own_folder = Path(path).name.startswith("checkpoint-") or Path(path).name == "merged"
-    if run is None and own_folder and above.is_file():
-        run = Config.load(above)
-    if run is not None and not raw:
-        return run, run.data.datasets[0]
-    kind = "chat_template" if tokenizer.chat_template and not raw else "completion"
-    if kind == "completion" and not raw:
-        log.info("%s has no chat template and no run's config: the prompt is continued as raw text", path)
-    config = Config.from_flat({"base_model": path, "datasets": [{"path": path, "type": kind}]})
-    return config, config.data.datasets[0]

@@ -12,7 +12,8 @@ Iterations as the unit of scheduling: Orca (Yu et al. 2022, section 4.1). Reuse 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, cast
 
 import torch
@@ -31,11 +32,41 @@ SHARED_FROM = 8
 GROW = 64
 
 
+class Speakers(Protocol):
+    """Adapters that one model has side by side (`models.several`)."""
+
+    def speaking(self, names: Sequence[str | None], lengths: Sequence[int]) -> AbstractContextManager[None]:
+        """Inside, a pass is of texts of these adapters, each of so many tokens, end to end."""
+        ...
+
+
+def whose(
+    speakers: Speakers | None, rows: Sequence[Row], lengths: Sequence[int]
+) -> AbstractContextManager[None]:
+    """Says for a pass which adapter each of its texts has."""
+    return nullcontext() if speakers is None else speakers.speaking([row.adapter for row in rows], lengths)
+
+
 class Loop(Protocol):
-    """Rows in, tokens out, a step at a time."""
+    """Rows in, tokens out, a step at a time.
+
+    Attributes:
+        max_cached_tokens: keys and values over all texts; may be changed between steps.
+    """
+
+    max_cached_tokens: int
+
+    @property
+    def waiting(self) -> Collection[Row]:
+        """Rows that no pass holds."""
+        ...
 
     def submit(self, rows: Iterable[Row]) -> None: ...
     def cancel(self, row: Row) -> None: ...
+    def clear(self) -> None:
+        """Forget all rows and give the memory back."""
+        ...
+
     def step(self) -> list[Row]:
         """The rows that have got a token, with those that are done now; empty: there is nothing to do."""
         ...
@@ -46,11 +77,14 @@ class Continuous:
 
     Attributes:
         max_cached_tokens: keys and values over all slots; a single text may have more. max_rows: texts at once.
+        speakers: of a model that several adapters share; without, every text has the model as it is.
         waiting: in the order in which they join. running: row i is in slot i.
     """
 
-    def __init__(self, model: Any, *, max_cached_tokens: int, max_rows: int = 256) -> None:
-        self.model = model
+    def __init__(
+        self, model: Any, *, max_cached_tokens: int, max_rows: int = 256, speakers: Speakers | None = None
+    ) -> None:
+        self.model, self.speakers = model, speakers
         self.device = model.get_input_embeddings().weight.device
         self.max_cached_tokens, self.max_rows = max_cached_tokens, max_rows
         self.waiting: deque[Row] = deque()
@@ -107,7 +141,7 @@ class Continuous:
         """(rows, V): what follows the last token of each text."""
         lengths = [1] * writing + [unread for _, unread in prompts]
         positions_T = self.slots.begin(writing, prompts)
-        with flat_pass():
+        with flat_pass(), whose(self.speakers, self.running, lengths):
             output = self.model(
                 input_ids=torch.tensor([ids], device=self.device),
                 position_ids=positions_T[None],

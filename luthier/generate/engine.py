@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from luthier.errors import DataError
-from luthier.generate.continuous import Continuous, Loop
+from luthier.generate.continuous import Continuous, Loop, Speakers
 from luthier.generate.one_length import OneLength
 from luthier.generate.rows import Completion, Row
 from luthier.generate.sampling import DEFAULT_NEW_TOKENS, Chooser, Sampling, row_streams
@@ -119,10 +119,11 @@ class Engine:
         for row in self._answered(rows):
             on_done(row.index, row.logps)
 
-    def loop(self) -> Loop:
-        """Where rows are submitted and run step by step; see `continuous.Loop`."""
+    def loop(self, speakers: Speakers | None = None) -> Loop:
+        """Where rows are submitted and run step by step; see `continuous.Loop`. `speakers`: of a model that several
+        adapters share, whose names the rows have as their `adapter`."""
         kind = OneLength if why_not_continuous(self.model) else Continuous
-        return kind(self.model, max_cached_tokens=self.max_cached_tokens)
+        return kind(self.model, max_cached_tokens=self.max_cached_tokens, speakers=speakers)
 
     def rows(self, prompts: Sequence[Sequence[int]], sampling: Sampling, follow: bool = False) -> list[Row]:
         """Prompts as a loop takes them. `follow`: each has its text piece by piece.
@@ -205,18 +206,20 @@ def evaluating(model: Any) -> Iterator[None]:
 
 # --- may this model write many texts in one flat pass -------------------------------------------------------------
 
-_why_not: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+# Model -> its attention, and the answer for that.
+_why_not: WeakKeyDictionary[Any, tuple[Any, str]] = WeakKeyDictionary()
 _PROMPTS = (9, 14, 5)
 
 
 def why_not_continuous(model: Any) -> str:
     """Empty if texts of unequal length may share passes on this model, which is tried once; else why not."""
-    if model not in _why_not:
+    attends = getattr(model.config, "_attn_implementation", None)
+    if model not in _why_not or _why_not[model][0] != attends:
         with evaluating(model):
-            _why_not[model] = _try_continuous(model)
-        if _why_not[model]:
-            log.info("prompts of equal length only are answered together: %s", _why_not[model])
-    return _why_not[model]
+            _why_not[model] = attends, _try_continuous(model)
+        if _why_not[model][1]:
+            log.info("prompts of equal length only are answered together: %s", _why_not[model][1])
+    return _why_not[model][1]
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from luthier.generate.continuous import choose
+from luthier.generate.continuous import Speakers, choose, whose
 from luthier.generate.rows import Row
 
 LEAVE_AT = 0.75  # ended rows are dropped when this share or less still runs: each drop copies the cache
@@ -28,8 +28,10 @@ class OneLength:
         max_cached_tokens: prompt and new tokens of a batch; a single row may have more.
     """
 
-    def __init__(self, model: Any, *, max_cached_tokens: int, max_rows: int = 256) -> None:
-        self.model = model
+    def __init__(
+        self, model: Any, *, max_cached_tokens: int, max_rows: int = 256, speakers: Speakers | None = None
+    ) -> None:
+        self.model, self.speakers = model, speakers
         self.device = model.get_input_embeddings().weight.device
         self.max_cached_tokens, self.max_rows = max_cached_tokens, max_rows
         self.waiting: list[Row] = []
@@ -79,7 +81,9 @@ class OneLength:
         ids = torch.tensor([row.prompt_ids for row in rows], device=self.device)
         inputs: dict[str, Any] = {"input_ids": ids, **self._keep_last}
         while True:
-            with torch.no_grad():  # around no `yield`: whoever reads keeps its own setting
+            new = [inputs["input_ids"].shape[1]] * len(rows)
+            # Around no `yield`: whoever reads keeps its own setting.
+            with torch.no_grad(), whose(self.speakers, rows, new):
                 output = self.model(use_cache=True, **inputs)
                 # Rows that are done go on until enough are; nobody hears of them.
                 running = [place for place, row in enumerate(rows) if not row.done]

@@ -144,8 +144,13 @@ def row_streams(seed: int | None, prompts: Sequence[Sequence[int]]) -> list[rand
     for prompt in prompts:
         key = tuple(prompt)
         seen[key] = seen.get(key, 0) + 1
-        streams.append(random.Random(f"{base}/{seen[key]}/{','.join(map(str, key))}"))
+        streams.append(random_stream(base, seen[key], key))
     return streams
+
+
+def random_stream(seed: int, number: int, prompt: Sequence[int]) -> random.Random:
+    """That of the `number`-th time, from 1 on, that a prompt is asked."""
+    return random.Random(f"{seed}/{number}/{','.join(map(str, prompt))}")
 
 
 class Chooser:

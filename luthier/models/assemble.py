@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,9 @@ from luthier.config.preference import has_reference
 from luthier.errors import ConfigError, ModelError, cannot_load
 from luthier.models import adapter_files, quantize, storage
 from luthier.models.device import choose_device, choose_dtype
+from luthier.models.existing import make_trainable_here
 from luthier.models.freeze import set_trainable
+from luthier.models.from_hub import fetched
 from luthier.models.frozen import keep_copies
 from luthier.models.lean import make_lean
 from luthier.models.load import count_parameters, load_model, read_model_config
@@ -51,18 +53,27 @@ def build_model(
     *,
     documents: Sequence[torch.Tensor] | None = None,
     resume_from: Path | None = None,
+    given: PreTrainedModel | None = None,
+    adapter: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[PreTrainedModel, DropoutState | None]:
     """The model that a config trains: base weights, adapter or unfrozen parameters; says what trains.
 
     Args:
         documents: token ids of training documents, for adapters that look at data before they begin.
         resume_from: the checkpoint that the run goes on from.
+        given: a model to take instead of loading one. adapter: values that its adapter begins with, by PEFT's names.
     """
-    model_config = read_model_config(config.model)
+    model_config = read_model_config(config.model) if given is None else given.config
     quantize.check_trains(config, model_config)
-    narrow = _narrow_dtype(config, model_config, len(tokenizer), dtype)
-    model = load_model(config, tokenizer, device, narrow or dtype, model_config)
+    if given is None:
+        narrow = _narrow_dtype(config, model_config, len(tokenizer), dtype)
+        model = load_model(config, tokenizer, device, narrow or dtype, model_config)
+    else:
+        narrow = make_trainable_here(given, config, len(tokenizer), dtype)
+        model = given.eval()
     dropout = make_trainable(model, config, _sources(model, config, documents, resume_from))
+    if adapter is not None:
+        adapter_files.fill_adapter(model, dict(adapter), config.adapter.lora_modules_to_save, "the model's adapter")
     quantize.take_over(model)
     if narrow is not None:
         storage.settle(model, dtype)
@@ -176,8 +187,8 @@ def open_for_inference(
     Raises:
         ModelError: nothing loadable there.
     """
-    found = _find(path)
-    tokenizer = _tokenizer_beside(found.folder, found.base, found.loading)
+    found = find(path)
+    tokenizer = tokenizer_of(found)
     adapter = str(found.folder) if found.is_adapter else None
     return _open(found.loading, tokenizer, adapter, device, dtype), tokenizer, found.run
 
@@ -188,8 +199,7 @@ def tokenizer_for_inference(path: str) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: nothing loadable there.
     """
-    found = _find(path)
-    return _tokenizer_beside(found.folder, found.base, found.loading)
+    return tokenizer_of(find(path))
 
 
 def open_base(
@@ -212,21 +222,36 @@ def _open(
     device: torch.device | None,
     dtype: torch.dtype | None,
 ) -> PreTrainedModel:
-    device = device or choose_device(loading.model.device_map)
-    model = load_model(loading, tokenizer, device, dtype or choose_dtype(loading, device))
+    model = load_base(loading, tokenizer, device, dtype)
     if adapter is not None:
         adapter_files.load_adapter(model, adapter, adapter_files.adapter_settings(adapter))
     if quantize.is_quantized(model):
         quantize.take_over(model)
     elif adapter is not None:
         adapter_files.merge_into_base(model)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    make_lean(model.eval())
+    make_ready(model)
     return model
 
 
-class _Found(NamedTuple):
+def load_base(
+    loading: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+) -> PreTrainedModel:
+    """A base as its weights are stored; what is None is chosen."""
+    device = device or choose_device(loading.model.device_map)
+    return load_model(loading, tokenizer, device, dtype or choose_dtype(loading, device))
+
+
+def make_ready(model: PreTrainedModel) -> None:
+    """For inference: nothing is trained, and the forwards that are proven for that."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    make_lean(model.eval())
+
+
+class Found(NamedTuple):
     """What lies at a path: the folder (None on the hub), the base and what it is loaded with, the run's config."""
 
     folder: Path | None
@@ -236,8 +261,13 @@ class _Found(NamedTuple):
     run: Config | None
 
 
-def _find(path: str) -> _Found:
-    folder = Path(path).expanduser()
+def find(path: str) -> Found:
+    """What is at a path, without loading any of it.
+
+    Raises:
+        ModelError: nothing loadable there.
+    """
+    folder = fetched(path) or Path(path).expanduser()
     config = None
     # A checkpoint is loaded as its run's last state is: on the base as it was stored in training.
     of_run = folder.resolve().parent if folder.name.startswith("checkpoint-") else folder
@@ -260,8 +290,16 @@ def _find(path: str) -> _Found:
             f"{path}: neither a run, an adapter nor a model: {adapter_files.CONFIG} or config.json is missing"
         )
     described = adapter_files.read_adapter_config(source) if is_adapter and source else {}
+    beside = source is not None and (source / "config.json").is_file()
+    if is_adapter and not beside and not described.get("base_model_name_or_path"):
+        raise ModelError(
+            f"{path}: the adapter does not say which base it is for; write that into base_model_name_or_path of its "
+            f"{adapter_files.CONFIG}"
+        )
     base = described.get("base_model_name_or_path") or str(source or path)
-    return _Found(source, is_adapter, base, _loading_config(base, described.get("revision"), config), config)
+    # Of the run of a merged model only the format counts: its weights are neither rounded nor stretched once more.
+    as_trained = config if config is None or is_adapter or config.adapter.adapter is None else None
+    return Found(source, is_adapter, base, _loading_config(base, described.get("revision"), as_trained), config)
 
 
 def _loading_config(base: str, revision: str | None, run: Config | None) -> Config:
@@ -292,6 +330,11 @@ def _loading_config(base: str, revision: str | None, run: Config | None) -> Conf
                 "bnb_4bit_use_double_quant": stored.bnb_4bit_use_double_quant,
             }
     return Config.from_flat(values)
+
+
+def tokenizer_of(found: Found) -> PreTrainedTokenizerBase:
+    """The tokenizer saved with what was found, else its base model's."""
+    return _tokenizer_beside(found.folder, found.base, found.loading)
 
 
 def _tokenizer_beside(source: Path | None, base: str, config: Config) -> PreTrainedTokenizerBase:

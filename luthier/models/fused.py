@@ -49,6 +49,11 @@ class Fused:
         """Settings under which this class may compute what the module does, the likeliest first."""
         raise NotImplementedError
 
+    @classmethod
+    def takes(cls, layer: nn.Module) -> bool:
+        """Whether this class knows how to read a linear layer inside of the module."""
+        return is_linear(layer)
+
     def original(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.module).forward(self.module, *args, **kwargs)
 
@@ -120,7 +125,7 @@ class FusedMLP(Fused):
         inputs = ("gate_up_proj",) if "gate_up_proj" in names else ("gate_proj", "up_proj")
         linears = [*inputs, "down_proj"]
         activation = getattr(module, "act_fn", None) or getattr(module, "activation_fn", None)
-        if not set(linears) <= names or activation is None or not all(map(is_linear, _of(module, linears))):
+        if not set(linears) <= names or activation is None or not all(map(cls.takes, _of(module, linears))):
             return
         for kind in ACTIVATIONS:
             if _is_activation(activation, kind):
@@ -177,7 +182,7 @@ class FusedAttention(Fused):
         linears = [*inputs, "o_proj"]
         if not set(linears) <= names or not isinstance(getattr(module, "head_dim", None), int):
             return
-        if names - {*linears, "q_norm", "k_norm"} or not all(map(is_linear, _of(module, linears))):
+        if names - {*linears, "q_norm", "k_norm"} or not all(map(cls.takes, _of(module, linears))):
             return
         for rope in (True, False):
             yield dict(inputs=inputs, rope=rope)

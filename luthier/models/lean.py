@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from luthier.models.fuse import fuse
 from luthier.models.fused import AttentionCall, Fused, FusedAttention, FusedLayer, FusedMLP, FusedNorm
 from luthier.models.isolation import prove
 from luthier.models.memory import PROBE_TOKENS
+from luthier.models.speakers import SeveralLinear
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -61,6 +62,10 @@ class LeanMLP(FusedMLP):
     """gate and up in one multiply."""
 
     @classmethod
+    def takes(cls, layer: nn.Module) -> bool:
+        return is_plain(layer)
+
+    @classmethod
     def candidates(cls, module: nn.Module) -> Iterator[dict[str, Any]]:
         for found in super().candidates(module):
             if joinable(module, (*found["inputs"], "down_proj")):
@@ -73,11 +78,15 @@ class LeanMLP(FusedMLP):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.layers(x).chunk(2, -1)
-        return F.linear(self.activation(gate) * up, self.down.weight, self.down.bias)
+        return cast(torch.Tensor, self.down(self.activation(gate) * up))
 
 
 class LeanAttention(FusedAttention):
     """q, k and v in one multiply, and q and k rotated together."""
+
+    @classmethod
+    def takes(cls, layer: nn.Module) -> bool:
+        return is_plain(layer)
 
     @classmethod
     def candidates(cls, module: nn.Module) -> Iterator[dict[str, Any]]:
@@ -90,7 +99,7 @@ class LeanAttention(FusedAttention):
         m = self.module
         self.layers = Joined([getattr(module, name) for name in inputs])
         self.head_dim, self.queries = m.head_dim, m.o_proj.in_features // m.head_dim
-        self.keys = (sum(layer.out_features for layer in self.layers.layers) // m.head_dim - self.queries) // 2
+        self.keys = (sum(self.layers.sizes) // m.head_dim - self.queries) // 2
         self.norms = (m.q_norm, m.k_norm) if getattr(m, "q_norm", None) is not None else None
 
     def _heads(self, x: torch.Tensor, positions: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -143,10 +152,16 @@ class LeanLayer(FusedLayer):
 KINDS: tuple[type[Fused], ...] = (LeanNorm, LeanMLP, LeanAttention, LeanLayer)
 
 
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer's weight is there as it is multiplied with, be it with adapters beside it."""
+    several = type(layer) is SeveralLinear and layer.storage == "dense" and not layer.transposed
+    return type(layer) is nn.Linear or several
+
+
 def joinable(module: nn.Module, names: Sequence[str]) -> bool:
-    """Whether layers are plain ones of one dtype, whose weights can lie in one tensor."""
-    layers = [module.get_submodule(name) for name in names]
-    return all(type(layer) is nn.Linear and not layer.weight.requires_grad for layer in layers) and (
+    """Whether layers are of one dtype, and their weights, which nobody trains, can lie in one tensor."""
+    layers: list[Any] = [module.get_submodule(name) for name in names]
+    return not any(layer.weight.requires_grad for layer in layers) and (
         len({(layer.weight.dtype, layer.bias is None) for layer in layers[: len(names) - 1]}) == 1
     )
 
@@ -156,6 +171,8 @@ class Joined:
 
     def __init__(self, layers: Sequence[Any]) -> None:
         self.layers = layers
+        self.sizes = [layer.out_features for layer in layers]
+        self.adapted = any(isinstance(layer, SeveralLinear) for layer in layers)
         self.weight: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
 
@@ -164,14 +181,19 @@ class Joined:
         if weight is None or weight.device != x.device or weight.dtype != x.dtype:  # new, or the model has moved
             self.weight, self.bias = weight, _ = self._join("weight"), self._join("bias")
         assert weight is not None
-        return F.linear(x, weight, self.bias)
+        out = F.linear(x, weight, self.bias)
+        if self.adapted:
+            for layer, part in zip(self.layers, out.split(self.sizes, -1), strict=True):
+                if isinstance(layer, SeveralLinear):
+                    layer.add(x, part)
+        return out
 
     def _join(self, kind: str) -> torch.Tensor | None:
         parts = [getattr(layer, kind) for layer in self.layers]
         if parts[0] is None or len(parts) == 1:
             return None if parts[0] is None else parts[0].detach()
         whole = torch.cat([part.detach() for part in parts])
-        for part, view in zip(parts, whole.split([layer.out_features for layer in self.layers]), strict=True):
+        for part, view in zip(parts, whole.split(self.sizes), strict=True):
             part.data = view
         return whole
 

@@ -84,7 +84,7 @@ def load_model(
         )
     if config.model.attn_implementation is None:
         use_flat_attention(model)
-    _turn_off_randomness(model)
+    turn_off_randomness(model)
     grow_embeddings(model, len(tokenizer))
     return model
 
@@ -162,7 +162,8 @@ def embeddings_of(model: PreTrainedModel) -> nn.Embedding:
     return cast(nn.Embedding, model.get_input_embeddings())
 
 
-def _turn_off_randomness(model: nn.Module) -> None:
+def turn_off_randomness(model: nn.Module) -> None:
+    """The model's own dropout and jitter, which would tell apart what the cut of a step must not."""
     found: dict[str, float] = {}
     for module in model.modules():
         if isinstance(module, nn.Dropout) and module.p > 0:

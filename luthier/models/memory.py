@@ -10,6 +10,7 @@ no way out, and layers recompute (`gradient_checkpointing: auto`): as much as it
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Callable
@@ -204,6 +205,21 @@ def free_memory(device: torch.device) -> int:
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     return min([_machine_memory(), *_container_memory()])
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """CUDA has a class for it; the CPU's allocator and MPS have words only."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    words = ("can't allocate memory", "not enough memory", "MPS backend out of memory", "CUDA out of memory")
+    return isinstance(error, RuntimeError) and any(each in str(error) for each in words)
+
+
+def free_unused(device: torch.device) -> None:
+    """Give back what nothing holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _measured(device: torch.device, run_pass: Callable[[], int]) -> int:

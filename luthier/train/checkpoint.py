@@ -99,7 +99,7 @@ class Checkpoints:
         write_model: writes the adapter or model, in its own format, into the folder that it is given.
         limit: how many to keep (the best one is kept beside them); None keeps all.
         job: what must be the same for a run to go on (a fingerprint of data and model); kept in each checkpoint.
-        writes: false in a process that leaves it to another.
+        writes: false in a process that leaves it to another. on_saved: told of every folder that is written.
     """
 
     def __init__(
@@ -110,12 +110,14 @@ class Checkpoints:
         limit: int | None,
         job: dict[str, Any],
         writes: bool = True,
+        on_saved: Callable[[Path], None] = lambda path: None,
     ) -> None:
         self.folder = folder
         self.write_model = write_model
         self.limit = limit
         self.job = job
         self.writes = writes
+        self.on_saved = on_saved
         self._written: Path | None = None
 
     def save(self, state: State, masters: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> Path:
@@ -170,6 +172,7 @@ class Checkpoints:
             ) from error
         self._written = final
         self._prune(state)
+        self.on_saved(final)
         return final
 
     def _prune(self, state: State) -> None:

@@ -23,6 +23,8 @@ CONFIG = "config.yaml"
 SMALLER_PASSES = "smaller_passes.json"
 # The general set before the first step (`train.forgetting`).
 GENERAL_BEFORE = "general_before.json"
+# What a program handed over to its run: rows and a tokenizer, there before the run opens its folder.
+GIVEN = "given"
 # What a run came to: there once it has ended, and gone while it goes on.
 SUMMARY = "summary.json"
 
@@ -125,7 +127,7 @@ def _open(config: Config, folder: Path) -> RunFolder:
             )
         # After the newest whole checkpoint there are damaged ones only, already named.
         return RunFolder(folder, resume_from, tuple(replaced))
-    if (output.resume_from_checkpoint and resume_from is None) or not any(folder.iterdir()):
+    if (output.resume_from_checkpoint and resume_from is None) or not any(p.name != GIVEN for p in folder.iterdir()):
         return RunFolder(folder, resume_from)
     if not output.overwrite_output_dir:
         raise ConfigError(

@@ -188,13 +188,10 @@ def fit(
         # 5. End early: asked to, or no longer improving.
         if stopping:
             break
-        if _patience_is_over(state, plan):
+        if why := _patience_is_over(state, plan) or recorder.ended():
             with masters.looked_at(optimizer):
                 checkpoints.save(state, masters.masters, optimizer)
-            recorder.say(
-                f"stopping early: eval loss has not improved in {plan.patience} evaluations "
-                f"(best {state.best_loss:.4f} at step {state.best_step})"
-            )
+            recorder.say(f"stopping early: {why}")
             break
     return state, stopping
 
@@ -336,8 +333,13 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(each in str(error) for each in words)
 
 
-def _patience_is_over(state: State, plan: Plan) -> bool:
-    return plan.patience is not None and state.evaluations_since_best >= plan.patience
+def _patience_is_over(state: State, plan: Plan) -> str:
+    if plan.patience is None or state.evaluations_since_best < plan.patience:
+        return ""
+    return (
+        f"eval loss has not improved in {plan.patience} evaluations "
+        f"(best {state.best_loss:.4f} at step {state.best_step})"
+    )
 
 
 def _read(

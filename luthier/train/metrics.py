@@ -38,6 +38,7 @@ class Recorder:
     Args:
         folder: the run folder. total_steps: for the bar and the ETA. from_step: rows after it are dropped.
         sinks, sample_sinks: trackers. notice: what there is to say of a row, in sentences.
+        on_step: told of every step. ended: why the run should end after this step, if it should.
     """
 
     def __init__(
@@ -49,11 +50,15 @@ class Recorder:
         sinks: Sequence[Sink] = (),
         sample_sinks: Sequence[SampleSink] = (),
         notice: Callable[[dict[str, Any]], list[str]] = lambda row: [],
+        on_step: Callable[[int], None] = lambda step: None,
+        ended: Callable[[], str] = lambda: "",
     ) -> None:
         self.total_steps = total_steps
         self.sinks = sinks
         self.sample_sinks = sample_sinks
         self.notice = notice
+        self.on_step = on_step
+        self.ended = ended
         for name in (METRICS, SAMPLES, NOTES):
             drop_rows_after(folder / name, from_step)
         self._metrics: TextIO = (folder / METRICS).open("a", encoding="utf-8")
@@ -89,6 +94,7 @@ class Recorder:
         """Move the bar; called every step."""
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=step)
+        self.on_step(step)
 
     def row(self, row: dict[str, Any]) -> None:
         """Write a training row, show it, and hand it to the trackers."""
@@ -170,7 +176,7 @@ class Silent(Recorder):
     """The recorder of a process that does not report: the first one does."""
 
     def __init__(self) -> None:
-        pass
+        self.ended = lambda: ""
 
     def __enter__(self) -> Silent:
         return self

@@ -26,7 +26,7 @@ from luthier.data.dataset import PreparedData, TokenDataset, prepare
 from luthier.data.loader import StepLoader
 from luthier.data.tokenizer import load_tokenizer
 from luthier.data.tree import Sharing
-from luthier.errors import DataError
+from luthier.errors import DataError, RunError
 from luthier.models.adapter_files import save_adapter
 from luthier.models.assemble import build_model, with_adapter_settings
 from luthier.models.device import (
@@ -53,8 +53,9 @@ from luthier.train.distributed import Processes
 from luthier.train.evaluators import evaluation, sampling
 from luthier.train.files import write_text_atomic
 from luthier.train.finish import RunResult, finish, report_of_a_failure, stop
-from luthier.train.folder import CONFIG, SUMMARY, RunFolder, shared_folder
+from luthier.train.folder import CONFIG, GIVEN, SUMMARY, RunFolder, shared_folder
 from luthier.train.forgetting import before_training
+from luthier.train.given import Follower, Given
 from luthier.train.interrupt import Interrupt, terminated_with_a_message
 from luthier.train.intervals import build_plan
 from luthier.train.loop import OutOfMemory, fit
@@ -76,6 +77,8 @@ from luthier.train.trackers import Trackers, trackers_of
 
 log = logging.getLogger("luthier")
 
+__all__ = ["GIVEN", "Follower", "Given", "RunResult", "command", "train"]
+
 
 def command(
     config: Annotated[Path, typer.Argument(help="The run's YAML file.")],
@@ -87,8 +90,11 @@ def command(
     train(Config.load(config, overrides or []))
 
 
-def train(config: Config) -> RunResult:
+def train(config: Config, given: Given | None = None) -> RunResult:
     """Run a config to its end, or go on with its run; everything it makes is in its `output_dir`.
+
+    Args:
+        given: a model to train in place of the one that `base_model` names, and who follows the run.
 
     Raises:
         LuthierError: anything that the user can mend, before the first step wherever possible.
@@ -97,17 +103,27 @@ def train(config: Config) -> RunResult:
     config = with_adapter_settings(config)
     processes = Processes.of_environment()
     processes.check(config)
+    if given is not None and processes.size > 1:
+        raise RunError(
+            f"a model that a program made is trained in one process, and there are {processes.size}: start the run "
+            "with `torchrun -m luthier train` and its config.yaml instead"
+        )
     with (
         terminated_with_a_message(),
         processes.connected(),
         shared_folder(config, processes) as opened,
         trackers_of(config, opened.path, processes) as trackers,
     ):
-        return _train(config, opened, trackers, processes, began)
+        return _train(config, opened, trackers, processes, began, given)
 
 
 def _train(
-    config: Config, opened: RunFolder, trackers: Trackers, processes: Processes, began: float
+    config: Config,
+    opened: RunFolder,
+    trackers: Trackers,
+    processes: Processes,
+    began: float,
+    given: Given | None,
 ) -> RunResult:
     folder = opened.path
     # 1. Where and in which precision, and the data.
@@ -116,7 +132,7 @@ def _train(
     if config.model.load_in_fp8:
         check_fp8(device, dtype)
     check_optimizer(config.training, device, dtype)
-    model_config = read_model_config(config.model)
+    model_config = read_model_config(config.model) if given is None else given.model.config
     check_trains(config, model_config)
     quantization(config.model, model_config, device, dtype)  # for its errors: before data is prepared
     set_matmul_precision(config, device)
@@ -133,7 +149,14 @@ def _train(
     # 2. The model, what of it is trained, and the steps.
     documents = _first_documents(data.train, config) if looks_at_data(config.adapter) else None
     model, dropout = build_model(
-        config, tokenizer, device, dtype, documents=documents, resume_from=opened.resume_from
+        config,
+        tokenizer,
+        device,
+        dtype,
+        documents=documents,
+        resume_from=opened.resume_from,
+        given=None if given is None else given.model,
+        adapter=None if given is None else given.adapter,
     )
     policy = build_policy(model, dropout, config.data.sequence_len)
     policy.weighted_sum = config.preference.rl is None
@@ -200,7 +223,10 @@ def _train(
 
     write_model = partial(_write_model, model=model, masters=masters, tokenizer=tokenizer, config=config)
     limit = config.output.save_total_limit
-    checkpoints = Checkpoints(folder, write_model, limit=limit, job=job, writes=processes.main)
+    follower = Follower() if given is None else given.follower
+    checkpoints = Checkpoints(
+        folder, write_model, limit=limit, job=job, writes=processes.main, on_saved=follower.saved
+    )
     evaluate = evaluation(config, data.validation, policy, loader, tuning, device, processes)
     sample = sampling(config, data.validation, model, tokenizer)
     plan = build_plan(
@@ -217,11 +243,12 @@ def _train(
     with (
         Interrupt() as interrupt,
         report_of_a_failure(folder if processes.main else None),
-        _recorder(folder, total_steps, state, trackers, processes, watch_figures) as recorder,
+        _recorder(folder, total_steps, state, trackers, processes, watch_figures, follower) as recorder,
         _remembered_if_out_of_memory(folder, config, processes),
     ):
         if state.step < total_steps:
             log.info("%.1f seconds to the first step", time.perf_counter() - began)
+        follower.begins(total_steps, loader.steps_per_epoch, state.step)
         state, stopped = fit(
             policy,
             objective,
@@ -287,6 +314,7 @@ def _recorder(
     trackers: Trackers,
     processes: Processes,
     watch: PreferenceWatch | None,
+    follower: Follower,
 ) -> Recorder:
     if not processes.main:
         return Silent()
@@ -294,9 +322,11 @@ def _recorder(
         folder,
         total_steps,
         from_step=state.step,
-        sinks=[trackers.log],
+        sinks=[trackers.log, follower.row],
         sample_sinks=[trackers.log_samples],
         notice=watch.notice if watch else lambda row: [],
+        on_step=follower.step,
+        ended=follower.ended,
     )
 
 

@@ -1,5 +1,6 @@
 """Which rows are questions, and answers to many prompts at once."""
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -100,6 +101,7 @@ def test_batches_get_smaller_where_memory_ends_and_no_answer_is_lost(
     model: Any, toy_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     attention.register()
+    model = copy.deepcopy(model)  # what an engine has found out about a model holds for its attention then
     model.set_attn_implementation(attention.NAME)
     prompts = [toy_tokenizer(f"Add {n}.")["input_ids"] for n in range(8)]
     expected = greedy_answers(model, toy_tokenizer, [7], prompts, max_new_tokens=4)

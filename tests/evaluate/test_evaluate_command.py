@@ -16,6 +16,7 @@ from luthier import cli
 from luthier.config import Config
 from luthier.data.dataset import prepare
 from luthier.data.tokenizer import load_tokenizer
+from luthier.evaluate import what_data
 from luthier.evaluate.data_eval import evaluate_data
 from luthier.evaluate.exact_match import is_exact
 
@@ -286,10 +287,58 @@ def test_one_row_has_figures_without_an_interval(
 ) -> None:
     status, out, err = evaluate(capsys, run, "--compare", "base", "--limit", 1, "--output", tmp_path)
     assert status == 0 and "1 row, " in err
-    found = json.loads((tmp_path / "validation.json").read_text())["figures"]["all"]
+    found = json.loads((tmp_path / "validation-limit1.json").read_text())["figures"]["all"]
     assert found["rows"] == 1 and found["target"]["loss"]["value"] > 0 and found["target"]["loss"]["low"] is None
     assert found["difference"]["loss"]["low"] is None and not found["difference"]["loss"]["beyond_chance"]
     assert next(line for line in out.splitlines() if line.startswith("loss")).count("[") == 0
+
+
+def test_a_comparison_is_not_lost_to_a_result_without_it(run: Path, toy_llama_dir: Path, tmp_path: Path) -> None:
+    """What was measured beside the base stays when the run is measured by itself, beside another, or on fewer rows."""
+    few: dict[str, Any] = {"short_answer": 0, "output": tmp_path}
+
+    def written(target: Path | str = run, **options: Any) -> tuple[str, str | None]:
+        path, found = evaluate_data(str(target), **options, **few)
+        assert path.with_name(found["rows"]).stem == path.stem
+        return path.name, found["names"]["compare"]
+
+    assert written() == ("validation.json", None)
+    assert written(compare="base") == ("validation.json", "base")  # which holds what the first did
+    again = (tmp_path / "validation.json").read_bytes(), (tmp_path / "validation.jsonl").read_bytes()
+    assert written() == ("validation-alone.json", None)
+    assert written(limit=2) == ("validation-limit2.json", None)
+    beside = str(run).strip("/").replace("/", "--")[-60:]
+    assert written(compare=str(run)) == (f"validation-beside-{beside}.json", str(run))
+    assert again == ((tmp_path / "validation.json").read_bytes(), (tmp_path / "validation.jsonl").read_bytes())
+    assert written(run / ".." / "run", compare=str(toy_llama_dir))[0] == "validation.json"  # the base, by its path
+
+
+def test_the_network_is_looked_for_once_and_only_where_something_is_not_here(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(what_data, "notice_missing_network", lambda: asked.append(1))
+    what_data.must_exist(str(run))
+    assert not asked
+    what_data.must_exist("no-such-model")
+    assert len(asked) == 1
+    (elsewhere := tmp_path / "elsewhere").mkdir()  # a run whose base is not here
+    base = Config.load(run / "config.yaml").model.base_model
+    (elsewhere / "config.yaml").write_text((run / "config.yaml").read_text().replace(base, "org/base"))
+    what_data.must_exist(str(elsewhere))
+    assert len(asked) == 2
+
+
+def test_files_that_a_shell_made_of_a_pattern(
+    run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    one, two = write(tmp_path / "one.jsonl", rows_of(2)), write(tmp_path / "two.jsonl", rows_of(3))
+    options = ("--short-answer", 0, "--output", tmp_path / "out", "--json")
+    status, out, err = evaluate(capsys, run, "--data", one, two, *options)
+    assert status == 0 and json.loads(out)["figures"]["all"]["rows"] == 5, err
+    for given in ((one,), ("--data", one, tmp_path / "missing.jsonl")):
+        status, _, err = evaluate(capsys, run, *given, *options)
+        assert status == 2 and f"error: {given[-1]}: one run or model is measured at a time" in err
 
 
 def test_the_dtype_is_the_one_that_was_asked_for(run: Path, tmp_path: Path) -> None:

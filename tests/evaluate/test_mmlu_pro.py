@@ -30,7 +30,7 @@ from luthier.evaluate.mmlu_pro.data import (
     load_benchmark,
 )
 from luthier.evaluate.mmlu_pro.figures import figures_of, shown
-from luthier.evaluate.mmlu_pro.run import KEY, run_mmlu_pro
+from luthier.evaluate.mmlu_pro.run import KEY, recorded, run_mmlu_pro
 from luthier.evaluate.opened import Which, identity, precision_of, which_models
 from luthier.evaluate.record import Record
 from luthier.evaluate.store import Store
@@ -201,6 +201,8 @@ def test_data_is_found_by_name(folder: Path, tmp_path: Path) -> None:
     paths = (folder, folder / "mmlu_pro_test.jsonl", folder / "mmlu_pro_*.jsonl")
     by = [load_benchmark(str(path), 5) for path in paths]
     assert by[0].test == by[1].test == by[2].test and by[0].validation == by[1].validation == by[2].validation
+    named = load_benchmark([str(folder / f"mmlu_pro_{split}.jsonl") for split in ("test", "validation")], 5)
+    assert named.test == by[0].test and named.validation == by[0].validation
     assert by[0].test["math"][1].options == ("2", "3", "4", "5", "6")[: 3 + 2 % 3]
 
     import pyarrow
@@ -237,6 +239,14 @@ def test_bad_data(folder: Path, tmp_path: Path) -> None:
         write(tmp_path / f"{'ab'[number - 1]}_mmlu_pro_test.jsonl", [question(number)])
     with pytest.raises(DataError, match="more than one file could be the test split"):
         load_benchmark(str(tmp_path), 0)
+    twice = tmp_path / "twice"
+    for name in ("a", "b"):  # the same questions twice, and not twice as many questions
+        (twice / name).mkdir(parents=True)
+        write(twice / name / "mmlu_pro_test.jsonl", [question(1)])
+    with pytest.raises(DataError, match=r"more than one file .*a/mmlu_pro_test.jsonl, .*b/mmlu_pro_test.jsonl"):
+        load_benchmark(str(twice), 0)
+    with pytest.raises(DataError, match="no.jsonl: there is no such file"):
+        load_benchmark([str(folder / "mmlu_pro_test.jsonl"), "no.jsonl"], 0)
 
 
 def test_subjects(folder: Path) -> None:
@@ -563,6 +573,21 @@ def test_bad_asks(toy_llama_dir: Path, folder: Path, tmp_path: Path, monkeypatch
 
 
 # --- the table ------------------------------------------------------------------------------------------------
+
+
+def test_rows_that_differ_in_a_setting_are_told_apart_and_other_benchmarks_have_no_empty_row(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    record = Record.open(path, KEY)
+    mine = {"model": "mine", "mode": "cot", "subjects": "all", "shots": 5, "dtype": "float32", "accuracy": "0.2"}
+    record.add({**mine, "max_new_tokens": 2048})
+    head, *rows = recorded(path).splitlines()[1:]
+    assert head.split() == ["model", "mode", "subjects", "shots", "accuracy"]
+    record.add({**mine, "max_new_tokens": 64})
+    record.add({"model": "mine", "benchmark": "lm-eval", "demo exact_match": "0.9"})
+    record.add({"model": "theirs", "accuracy": "0.7"})
+    head, *rows = recorded(path).splitlines()[1:]
+    assert head.split() == ["model", "mode", "subjects", "shots", "max_new_tokens", "accuracy"]
+    assert [row.split()[-2:] for row in rows] == [["2048", "0.2"], ["64", "0.2"], ["theirs", "0.7"]]
 
 
 def test_a_record_keeps_what_others_wrote(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from luthier.experiments.evaluations import shown_figure
 from luthier.experiments.forgetting import forgetting
 from luthier.experiments.report import comparison_page, run_page
 from luthier.experiments.run_files import read_run
@@ -153,6 +154,11 @@ def test_the_page_has_them_in_a_part_of_their_own(make_run: MakeRun) -> None:
     assert "Better than its base? Not measured." not in text and "general" not in text.split("Did it forget?")[0]
 
 
+def test_the_whole_set_speaks_before_some_rows_of_it(make_run: MakeRun) -> None:
+    whole, some = general((2.0, 2.5, True), *[SAME] * 3), general((2.0, 2.1, False), *[SAME] * 3)
+    assert "from 2.0000 to 2.5000" in verdict_of(make_run, **{"general": whole, "general-limit20": some}).answer
+
+
 def test_a_page_without_any_of_it_has_no_such_part(make_run: MakeRun) -> None:
     assert "beyond" not in Page(run_page(read_run(make_run(metrics=curve())))).headings()
 
@@ -164,3 +170,9 @@ def test_several_runs_have_it_in_their_figures(make_run: MakeRun) -> None:
     assert "general set, loss" in text and "2.0000 → 2.3000" in text
     neither = [make_run("three", curve()), make_run("four", curve())]
     assert "general set, loss" not in Page(comparison_page([read_run(folder) for folder in neither])).text
+
+
+def test_a_large_perplexity_is_a_number_to_read() -> None:
+    assert [shown_figure("perplexity", value) for value in (5.918, 999.4, 1697.2, 155767.0, 3e12)] == [
+        "5.92", "999", "1,697", "155,767", "3e+12",
+    ]  # fmt: skip

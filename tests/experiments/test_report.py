@@ -10,9 +10,10 @@ import pytest
 from luthier.cli import main
 from luthier.evaluate.page import draw_again
 from luthier.experiments.beside import evaluation_tables
+from luthier.experiments.compare import best_in_words, measures_differ
 from luthier.experiments.evaluations import NAMES
 from luthier.experiments.report import write_report
-from luthier.experiments.run_files import read_run
+from luthier.experiments.run_files import Run, read_run
 from luthier.experiments.sections import without_template
 from luthier.train.checkpoint import State
 from luthier.train.metrics import Recorder
@@ -104,7 +105,7 @@ def test_all_that_a_run_holds_is_on_its_page(make_run: MakeRun):
     text = " ".join(page.text.split())
     assert page.headings() == {"curves", "evaluations", "beyond", "samples", "data", "config", "environment"}
     for piece in (
-        "It learned and got better than its base and is preferred to its base, but overfitted from step 30 on.",
+        "It learned, got better than its base and is preferred to its base, but overfitted from step 30 on.",
         "A LoRA adapter of rank 8 for org/base, trained on 80 documents of rows.jsonl, for 60 steps (3 epochs)",
         "On validation: exactly right answers 10.0% → 80.0%",
         "On validation: 10% of the answers of its base, 90% of this run's.",
@@ -347,6 +348,19 @@ def test_losses_of_other_data_are_not_ranked(make_run: MakeRun, tmp_path: Path):
     assert main(["report", *map(str, runs), "--output", str(output)]) == 0
     text = " ".join(Page(output.read_text(encoding="utf-8")).text.split())
     assert "cannot be compared" in text and "the runs differ in rl" in text and "the data" in text
+
+
+def test_runs_on_other_rows_are_ranked_on_test_data_of_their_own(make_run: MakeRun):
+    def run(name: str, evaluated: list[float], **sources: str) -> Run:
+        environment = json.loads(json.dumps(ENVIRONMENT))
+        for key in ("sources", "test_sources"):
+            environment["data"][key] = [{"fingerprint": sources[key]}]
+        test = [{"path": "test.jsonl", "type": "alpaca"}]
+        return read_run(make_run(name, curve(TRAIN, evaluated), {"environment.json": environment}, test_datasets=test))
+
+    a, b = run("a", FALLS, sources="one", test_sources="t"), run("b", RISES, sources="two", test_sources="t")
+    assert measures_differ([a, b]) == [] and "a has the lowest eval loss" in best_in_words([a, b])
+    assert measures_differ([a, run("c", RISES, sources="one", test_sources="u")]) == ["the data"]
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,13 @@ def test_when_extra_epochs_began_to_hurt_and_what_is_kept(make_run: MakeRun):
     assert "holds the weights of step 30, the best" in answers(kept)["Did it overfit?"][0]
 
 
+def test_an_eval_loss_that_never_fell_is_not_said_to_have_gone_anywhere(make_run: MakeRun):
+    answer, _ = answers(make_run(metrics=curve(TRAIN, [1.2, 1.3, 1.5, 1.8, 1.9, 2.0])))["Did it learn?"]
+    assert "Eval loss was never below its first, 1.2000." in answer and "went from 1.2" not in answer
+    answer, _ = answers(make_run("fell", curve(TRAIN, RISES)))["Did it learn?"]
+    assert "Eval loss went from 1.9000 to 1.2000 at its best." in answer
+
+
 def test_the_verdict_is_that_of_training(make_run: MakeRun):
     """On curves of every kind: the step is the one that training names, unless the rise is below a hundredth."""
     draw = random.Random(0)

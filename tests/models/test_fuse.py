@@ -49,7 +49,7 @@ class Batch:
 def plain(family: str) -> PreTrainedModel:
     model = toy_model(family)
     use_flat_attention(model)
-    load._turn_off_randomness(model)
+    load.turn_off_randomness(model)
     return model
 
 

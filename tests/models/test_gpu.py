@@ -68,7 +68,7 @@ def adapted(family: str, device: torch.device, dtype: torch.dtype) -> Policy:
     """A toy of the family with random adapters, the same on every device."""
     model = toy_model(family).to(device, dtype)
     use_flat_attention(model)
-    load._turn_off_randomness(model)
+    load.turn_off_randomness(model)
     values = {
         "base_model": "x",
         "datasets": [{"path": "x", "type": "alpaca"}],

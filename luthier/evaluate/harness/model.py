@@ -21,16 +21,15 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from transformers import GenerationConfig
 
 from luthier.errors import DataError, RunError
-from luthier.evaluate.batches import cached_tokens, in_batches
 from luthier.evaluate.harness.passes import Scored, batch_of, cut_into
-from luthier.evaluate.measure import free_unused, is_out_of_memory
 from luthier.evaluate.progress import Progress
 from luthier.evaluate.results import digest
 from luthier.evaluate.store import Store
+from luthier.generate.batches import cached_tokens, in_batches
 from luthier.generate.engine import Engine
 from luthier.generate.sampling import Sampling
 from luthier.models.isolation import build_policy
-from luthier.models.memory import PROBE_TOKENS, choose_budget
+from luthier.models.memory import PROBE_TOKENS, choose_budget, free_unused, is_out_of_memory
 from luthier.models.policy import Policy
 
 log = logging.getLogger("luthier")

@@ -29,13 +29,14 @@ from luthier.errors import ConfigError, LuthierError, RunError
 from luthier.evaluate.harness.figures import Side, figures_of, metrics_of, samples_of
 from luthier.evaluate.harness.tasks import load_tasks, topmost, words_of
 from luthier.evaluate.intervals import RESAMPLES
-from luthier.evaluate.measure import DTYPES, free_unused
+from luthier.evaluate.measure import DTYPES
 from luthier.evaluate.opened import Which, identity, which_models
 from luthier.evaluate.record import Record
 from luthier.evaluate.results import digest, ready, results_folder, write_results
 from luthier.evaluate.store import Store
 from luthier.generate.engine import default_terminators
 from luthier.models.device import choose_device
+from luthier.models.memory import free_unused
 
 log = logging.getLogger("luthier")
 

@@ -7,7 +7,6 @@ a command that was cut off goes on where it was. A file of answers holds what a 
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -18,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 from luthier.data.conversations import ROLES
 from luthier.data.files import kind_of, read_file
 from luthier.errors import DataError, ModelError
-from luthier.evaluate.judge.store import Rows
-from luthier.evaluate.results import RUN_CONFIG, digest
+from luthier.evaluate.results import digest
+from luthier.generate import asking as asking_module
+from luthier.generate.identity import ADAPTER_CONFIG, MODEL_CONFIG, model_files, model_names, resolved
+from luthier.generate.jsonl import Rows
 
 if TYPE_CHECKING:
     from luthier.data.examples import Example
@@ -27,10 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("luthier")
 
-ADAPTER_CONFIG, MODEL_CONFIG = "adapter_config.json", "config.json"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-# What a model's answers depend on, of the files at the top of its folder.
-_OF_MODEL = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", RUN_CONFIG)
 
 
 @dataclass(frozen=True)
@@ -187,48 +185,14 @@ def check_model(target: str) -> None:
         raise ModelError(f"{target}: there is no such file or folder here, and it is no name on the hub")
 
 
-def model_names(target: str) -> list[str]:
-    """A model's resolved path or hub id, then that of what it was trained from, and so on."""
-    names: list[str] = []
-    while target and (name := _resolved(target)) not in names:
-        names.append(name)
-        target = _base_of(Path(name)) or ""
-    return names
-
-
 def is_base_of(model: str, tuned: str) -> bool:
     """Whether the one was trained from the other, however its path is spelled."""
-    return model_names(tuned)[1:2] == [_resolved(model)]
-
-
-def _resolved(name: str) -> str:
-    path = Path(name).expanduser()
-    return str(path.resolve()) if path.exists() else name
-
-
-def _base_of(folder: Path) -> str | None:
-    if (folder / ADAPTER_CONFIG).is_file():
-        try:
-            base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
-        except (OSError, ValueError, AttributeError):
-            return None  # opening the adapter says what is wrong with it
-        return str(base) if base else None
-    inside = folder.name.startswith("checkpoint-") or folder.name == "merged"
-    for config in (folder / RUN_CONFIG, *([folder.parent / RUN_CONFIG] if inside else [])):
-        if config.is_file():
-            from luthier.config import Config
-
-            return Config.load(config).model.base_model
-    return None
+    return model_names(tuned)[1:2] == [resolved(model)]
 
 
 def fingerprint(target: str) -> str:
-    """Changes whenever the files of a model or of its bases do: their names, sizes and times of change."""
-    seen: list[Any] = []
-    for name in model_names(target):
-        files = sorted({path for pattern in _OF_MODEL for path in Path(name).glob(pattern) if path.is_file()})
-        seen.append([name, [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]])
-    return digest(seen)
+    """Changes whenever the files of a model or of its bases do."""
+    return digest(model_files(target))
 
 
 def answers_of(side: Side, prompts: Sequence[Prompt], kept: Path, max_new_tokens: int | None) -> Answers:
@@ -291,7 +255,7 @@ def _generate(
     target: str, prompts: Sequence[Prompt], max_new_tokens: int | None, keep: Callable[[Prompt, dict[str, Any]], None]
 ) -> None:
     """Answer the prompts greedily; `keep` gets each answer as it ends. The model's memory is free afterwards."""
-    from luthier.evaluate.measure import free_unused
+    from luthier.models.memory import free_unused
 
     engine, ids_of = open_engine(target)
     device = engine.model.get_input_embeddings().weight.device
@@ -307,7 +271,7 @@ def _ask_all(
     max_new_tokens: int | None,
     keep: Callable[[Prompt, dict[str, Any]], None],
 ) -> None:
-    from luthier.evaluate.batches import in_batches
+    from luthier.generate.batches import in_batches
     from luthier.generate.sampling import Sampling
 
     sampling = Sampling(max_new_tokens=max_new_tokens, do_sample=False)
@@ -330,35 +294,19 @@ def _ask_all(
 
 def open_engine(target: str) -> tuple[Engine, Callable[[Prompt], list[int]]]:
     """The engine of a model, and how it gets a prompt: in the format of its training."""
-    from luthier.data.hub import notice_missing_network
-    from luthier.data.render import Renderer
-    from luthier.data.tokenizer import terminator_ids
-    from luthier.generate.cli import LONGEST, asking_format
-    from luthier.generate.engine import Engine, default_terminators
-    from luthier.models.assemble import open_for_inference
-
-    if not Path(target).expanduser().exists():
-        notice_missing_network()
-    model, tokenizer, own = open_for_inference(target)
-    config, entry = asking_format(target, tokenizer, own)
-    renderer = Renderer(tokenizer, config)
-    terminators = {*terminator_ids(tokenizer, config), *default_terminators(model)}
-    engine = Engine(model, tokenizer, sorted(terminators), default_new_tokens=LONGEST)
-    return engine, lambda prompt: renderer.prompt_ids(_example(prompt, entry, config.preference.rl), entry)
+    engine, asking = asking_module.open_engine(target)
+    return engine, lambda prompt: asking.ids(_example(prompt, asking))
 
 
-def _example(prompt: Prompt, entry: Any, rl: str | None) -> Example:
+def _example(prompt: Prompt, asking: asking_module.Asking) -> Example:
     from luthier.data.examples import ChatExample
-    from luthier.data.formats import prompt_example
 
-    example = prompt_example(entry, prompt.instruction, prompt.input, prompt.system, rl)
-    if isinstance(example, ChatExample) and prompt.messages:
+    if asking.is_chat and prompt.messages:
         return ChatExample(list(prompt.messages))
     turns = [m for m in prompt.messages if m["role"] != "system"]
     if len(turns) > 1:
         raise DataError(
-            f"the prompt {prompt.question[:60]!r} is a conversation of several turns, and {entry.path} was trained in "
-            "a format that has one; leave such prompts out"
+            f"the prompt {prompt.question[:60]!r} is a conversation of several turns, and {asking.entry.path} was "
+            "trained in a format that has one; leave such prompts out"
         )
-    return example
-
+    return asking.example(prompt.instruction, prompt.input, prompt.system)

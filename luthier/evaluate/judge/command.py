@@ -40,11 +40,12 @@ from luthier.evaluate.judge.name import (
     own_judge,
 )
 from luthier.evaluate.judge.question import CRITERIA, FORM, LOCAL_FORM
-from luthier.evaluate.judge.rounds import Pair, Round, Task, Terminated, ask_all, ended_by_sigterm, tasks_of
-from luthier.evaluate.judge.store import Rows
+from luthier.evaluate.judge.rounds import Pair, Round, Task, ask_all, tasks_of
 from luthier.evaluate.judge.tally import figures_of, lines_of, many, pair_row
 from luthier.evaluate.page import draw_again
 from luthier.evaluate.results import digest, results_folder, write_results
+from luthier.generate.jsonl import Rows
+from luthier.generate.terminated import Terminated, ended_by_sigterm
 
 log = logging.getLogger("luthier")
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from luthier.evaluate.judge.question import FIRST, SECOND, TIE
 from luthier.evaluate.judge.rounds import Pair, Task, tasks_of, verdict_row
-from luthier.evaluate.judge.store import Rows
 from luthier.evaluate.results import digest
+from luthier.generate.jsonl import Rows
 
 HUMAN = "human"
 HELP = "1 or 2: the better answer; 0: neither; a reason may follow (2 the sum is wrong); q: stop here"

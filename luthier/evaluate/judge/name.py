@@ -7,10 +7,11 @@ import urllib.parse
 from dataclasses import dataclass
 
 from luthier.errors import ConfigError
-from luthier.evaluate.judge.answers import Side, check_model, fingerprint, model_names
+from luthier.evaluate.judge.answers import Side, check_model, fingerprint
 from luthier.evaluate.judge.budget import price_of, undated
 from luthier.evaluate.judge.client import OPENAI
 from luthier.evaluate.judge.human import HUMAN
+from luthier.generate.identity import model_names
 
 OPENAI_KEY = "OPENAI_API_KEY"
 

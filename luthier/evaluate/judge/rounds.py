@@ -7,12 +7,10 @@ as two verdicts that contradict each other, and those are not counted (`tally`).
 from __future__ import annotations
 
 import logging
-import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -20,8 +18,8 @@ from typing import Any
 from luthier.errors import RunError
 from luthier.evaluate.judge.client import CapReached, NotJudged, PairFailed, Stopped
 from luthier.evaluate.judge.question import FORM, Verdict, question_text
-from luthier.evaluate.judge.store import Rows
 from luthier.evaluate.results import digest
+from luthier.generate.jsonl import Rows
 
 log = logging.getLogger("luthier")
 
@@ -60,27 +58,6 @@ class Round:
     failed: dict[str, str] = field(default_factory=dict)
     wordless: int = 0
     capped: bool = False
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which is what Ctrl-C is where there is no keyboard."""
-
-
-@contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """While entered, SIGTERM raises `Terminated`: what is in flight is waited for as after Ctrl-C."""
-
-    def end(*_: object) -> None:
-        raise Terminated
-
-    if threading.current_thread() is not threading.main_thread():  # elsewhere Python cannot set handlers
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def tasks_of(pair: Pair, judge: str, criteria: str, form: str = FORM) -> tuple[Task, Task]:

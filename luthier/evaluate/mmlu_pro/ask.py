@@ -16,10 +16,10 @@ from typing import Any
 from luthier.data.encode import TextEncoder
 from luthier.data.formats import prompt_example
 from luthier.data.render import Renderer
-from luthier.evaluate.batches import in_batches
 from luthier.evaluate.mmlu_pro.data import LETTERS, STOP, Question, cot_prompt, extract_answer, letter_prompt
 from luthier.evaluate.results import digest
 from luthier.evaluate.store import Store
+from luthier.generate.batches import in_batches
 from luthier.generate.engine import Engine
 from luthier.generate.sampling import Sampling
 

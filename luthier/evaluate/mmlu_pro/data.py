@@ -67,18 +67,19 @@ class Benchmark:
 # --- the data -----------------------------------------------------------------------------------------------
 
 
-def load_benchmark(data: str | None, shots: int) -> Benchmark:
+def load_benchmark(data: str | Sequence[str] | None, shots: int) -> Benchmark:
     """Test and validation questions from a folder, a file, a pattern, or the hub.
 
     Args:
         data: a folder or a pattern whose files say in their names which split they hold; a test file, with its
-            validation file beside it; or a hub id. None: the benchmark on the hub. shots: 0 needs no validation split.
+            validation file beside it; a hub id; or several files. None: the benchmark on the hub. shots: 0 needs no
+            validation split.
 
     Raises:
         DataError: no such data, a split that is not there, a row that is not a question.
     """
-    source = data or HUB_ID
-    files = _local_files(source)
+    source = data if isinstance(data, str) else ", ".join(data or [HUB_ID])
+    files = _local_files(source) if data is None or isinstance(data, str) else _named_files(data)
     if files is None:
         splits = {split: _hub_rows(source, split) for split in (_TEST, _VALIDATION) if split == _TEST or shots}
     else:
@@ -141,6 +142,16 @@ def _local_files(source: str) -> list[Path] | None:
     return None
 
 
+def _named_files(names: Sequence[str]) -> list[Path]:
+    """Several files that were named one by one, as a shell does with a pattern."""
+    files = [Path(name).expanduser() for name in names]
+    for path in files:
+        if not path.is_file() or kind_of(path) is None:
+            what = "there is no such file" if not path.is_file() else "it is no data file"
+            raise DataError(f"{path}: {what} (of several --data of a benchmark, each is a file of one of its splits).")
+    return files
+
+
 def _split_of(path: Path) -> str | None:
     words = re.split(r"[^a-z]+", path.name.lower())
     return next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), None)
@@ -159,9 +170,9 @@ def _files_of(files: Sequence[Path], split: str, source: str) -> list[Path]:
             + (f": {why}" if why else "")
             + f". There is: {names}."
         )
-    if len({re.sub(r"\d+", "", path.name) for path in found}) > 1:
+    if len({(path.parent, re.sub(r"\d+", "", path.name)) for path in found}) > 1:
         raise DataError(
-            f"{source}: more than one file could be the {split} split: {', '.join(path.name for path in found[:5])}. "
+            f"{source}: more than one file could be the {split} split: {', '.join(map(str, found[:5]))}. "
             "Name the test file itself."
         )
     return found

@@ -26,8 +26,7 @@ from transformers import GenerationConfig
 from luthier.data.render import Renderer
 from luthier.data.tokenizer import terminator_ids
 from luthier.errors import ConfigError
-from luthier.evaluate.batches import cached_tokens
-from luthier.evaluate.measure import DTYPES, free_unused
+from luthier.evaluate.measure import DTYPES
 from luthier.evaluate.mmlu_pro.ask import Asked, Runner, Settings, encoder_of
 from luthier.evaluate.mmlu_pro.data import Benchmark, choose_subjects, load_benchmark
 from luthier.evaluate.mmlu_pro.figures import ROLES, figures_of
@@ -35,8 +34,10 @@ from luthier.evaluate.opened import Which, identity, which_models
 from luthier.evaluate.record import Record, as_table
 from luthier.evaluate.results import digest, ready, results_folder, write_results
 from luthier.evaluate.store import Store
+from luthier.generate.batches import cached_tokens
 from luthier.generate.engine import Engine, default_terminators
 from luthier.models.device import choose_device
+from luthier.models.memory import free_unused
 
 log = logging.getLogger("luthier")
 
@@ -77,7 +78,7 @@ def run_mmlu_pro(
     target: str,
     *,
     compare: str | None = None,
-    data: str | None = None,
+    data: str | Sequence[str] | None = None,
     subjects: str = "all",
     mode: str = "cot",
     record: str | Path | None = None,
@@ -307,8 +308,11 @@ def _add_to(
 
 
 def recorded(path: Path) -> str:
-    """The table of results as text."""
+    """The table of results as text: without other benchmarks' rows, with each further setting in which rows differ."""
     table = Record.open(path.expanduser(), KEY)
+    rows = [row for row in table.rows if row.get("accuracy") or not row.get("benchmark")]
     columns = [column for column in SHOWN if column in table.columns]
-    rows = [[row.get(column, "") for column in columns] for row in table.rows]
-    return f"{table.path}\n{as_table(columns, rows)}"
+    further = [name for name in KEY if name not in SHOWN and len({row.get(name, "") for row in rows} - {""}) > 1]
+    where = columns.index("shots") + 1 if "shots" in columns else len(columns)
+    columns[where:where] = further
+    return f"{table.path}\n{as_table(columns, [[row.get(column, '') for column in columns] for row in rows])}"

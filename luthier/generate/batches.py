@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from luthier.errors import RunError
-from luthier.evaluate.measure import free_unused, is_out_of_memory
 from luthier.generate.engine import MAX_CACHED_TOKENS, Engine
-from luthier.models.memory import free_memory
+from luthier.models.memory import free_memory, free_unused, is_out_of_memory
 
 log = logging.getLogger("luthier")
 

@@ -1,7 +1,7 @@
-"""Rows that are on the disk as soon as they are known, and found again by the content that they are about.
+"""Rows that are in their file as soon as they are known.
 
-An answer of a judge costs money, so each is appended, flushed to the disk, and never asked for again: a row carries
-the hash of all that it depends on. A process that is killed leaves at most half a line, which is cut off.
+What was paid for, in time or in money, is not lost with the process: one that is killed leaves at most half a line,
+which is cut off when the file is opened again.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ log = logging.getLogger("luthier")
 class Rows:
     """A JSONL file that this process alone writes to. `stored`: the rows that were there when it was opened.
 
+    `synced`: each row is on the disk when `append` returns, whatever happens to the machine.
+
     Raises:
         RunError: another process is writing to it. DataError: a line in the middle is no JSON object.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, synced: bool = True) -> None:
+        self.path, self.synced = path, synced
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab+")
         self._lock = threading.Lock()
@@ -46,12 +48,21 @@ class Rows:
             raise
 
     def append(self, row: dict[str, Any]) -> None:
-        """Write one row; it is on the disk when this returns. May be called from any thread."""
-        line = json.dumps(row, ensure_ascii=True) + "\n"  # ASCII: lone surrogates in a text do no harm
+        """Write one row. May be called from any thread."""
         with self._lock:
-            self._file.write(line.encode("ascii"))
+            self._file.write(line_of(row))
             self._file.flush()
-            os.fsync(self._file.fileno())
+            if self.synced:
+                os.fsync(self._file.fileno())
+
+    def clear(self) -> None:
+        """Forget what is stored."""
+        self._file.truncate(0)
+        self.stored = []
+
+    def close(self) -> None:
+        with self._lock:
+            self._file.close()
 
     def __enter__(self) -> Rows:
         return self
@@ -59,8 +70,15 @@ class Rows:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._lock:
-            self._file.close()
+        self.close()
+
+
+def line_of(row: dict[str, Any]) -> bytes:
+    """A row as a line of the file."""
+    try:
+        return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # half of a surrogate pair in a text: an escape says it
+        return (json.dumps(row) + "\n").encode()
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -53,6 +53,20 @@ _HOME = {
     "is_bfloat16_supported": "luthier.api.devices",
     "load": "luthier.api.loaded",
 }
+# Names of Unsloth and TRL that notebooks import and that are not here, and what to write instead.
+_ELSEWHERE = {
+    "CPOTrainer": 'luthier.train({..., "rl": "simpo"})',
+    "DataCollatorForCompletionOnlyLM": "rows of `prompt` and `completion`, or SFTConfig(assistant_only_loss=True)",
+    "FastModel": "FastLanguageModel",
+    "FastVisionModel": "FastLanguageModel; only text is trained",
+    "KTOTrainer": 'luthier.train({..., "rl": "kto"})',
+    "KTOConfig": 'luthier.train({..., "rl": "kto"})',
+    "PatchDPOTrainer": "nothing: no other library is patched; leave it out",
+    "get_chat_template": "tokenizer.chat_template = ..., or `chat_template: chatml` in a config",
+    "setup_chat_format": "tokenizer.chat_template = ..., or `chat_template: chatml` in a config",
+    "train_on_responses_only": "rows of `messages` and SFTConfig(assistant_only_loss=True)",
+    "unsloth_train": "trainer.train()",
+}
 __all__ = [
     "Config",
     "DPOConfig",
@@ -81,6 +95,8 @@ def __getattr__(name: str) -> Any:
         value = importlib.import_module("luthier.train.run").train
     elif name in _HOME:
         value = getattr(_imported(_HOME[name]), name)
+    elif name in _ELSEWHERE:  # `from luthier import NAME` would hide the text of an AttributeError
+        raise ImportError(f"luthier has no {name}; write {_ELSEWHERE[name]} (docs/porting.md)")
     else:
         raise AttributeError(f"module 'luthier' has no attribute {name!r}")
     globals()[name] = value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
+import copyreg
 from functools import cache
 from typing import Any
 
@@ -12,8 +12,6 @@ from transformers import BatchEncoding
 
 from luthier.errors import ConfigError
 from luthier.models.device import bf16_is_fast
-
-log = logging.getLogger("luthier")
 
 
 def is_bfloat16_supported() -> bool:
@@ -59,7 +57,24 @@ def _checked(result: Any) -> Any:
     return result
 
 
-class _Tokenizes:
+class Added:
+    """What `become` puts before a class. A copy, and what was pickled, become the same again."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        made = super().__reduce_ex__(protocol)
+        if not isinstance(made, tuple) or made[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            return made
+        own = type(self)
+        mixin, plain = own.__mro__[1], own.__mro__[own.__mro__.index(Added) + 1]
+        return (_new, (mixin, plain), *made[2:])
+
+
+def _new(mixin: Any, cls: Any) -> Any:
+    found = _subclass(mixin, cls)
+    return found.__new__(found)
+
+
+class _Tokenizes(Added):
     """Before a tokenizer's own class, of which it becomes a subclass of the same name."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -11,7 +12,11 @@ from transformers import AutoTokenizer
 from luthier.api.models import FastLanguageModel, folder_of_tokenizer
 from luthier.api.peft_models import check_lora, inner_of
 from luthier.api.said import say_once
+from luthier.config import Config
 from luthier.errors import ConfigError, ModelError
+from luthier.models.load import embeddings_of, read_model_config
+
+log = logging.getLogger("luthier")
 
 # Collators that pad, which nothing here does; others change what is learnt.
 _PADDING = (
@@ -87,6 +92,32 @@ def model_of(model: Any, args: Any, peft_config: Any, quantization: Any) -> Any:
             "peft_config: the model has an adapter already (get_peft_model); give the trainer the one or the other"
         )
     return get_peft_model(model, peft_config)
+
+
+def check_place(inner: Any) -> None:
+    """Raises ModelError for a model that lies on several devices, or partly on a disk."""
+    places = sorted({str(p.device) for p in inner.parameters()})
+    if len(places) > 1:
+        raise ModelError(
+            f"the model is spread over {', '.join(places)}, and a run has it on one device: load it with "
+            'device_map={"": 0}, or leave device_map out'
+        )
+
+
+def say_new_tokens(model: Any, config: Config) -> None:
+    """Warn of embeddings that the checkpoint has not, where nothing saves them with the run."""
+    inner = inner_of(model)
+    rows = int(embeddings_of(inner).weight.shape[0])
+    known = read_model_config(config.model).get_text_config(decoder=True).vocab_size
+    saved = config.adapter.adapter is None or config.adapter.lora_modules_to_save
+    if rows > known and not saved:
+        log.warning(
+            "the model has embeddings for %d tokens more than %s, which the run's adapter does not hold: write "
+            'modules_to_save=["embed_tokens", "lm_head"] to train and keep them; model.save_pretrained(...) keeps them '
+            "as they are",
+            rows - known,
+            config.model.base_model,
+        )
 
 
 def stored_as(inner: Any) -> dict[str, Any]:

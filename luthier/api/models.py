@@ -108,6 +108,7 @@ class FastLanguageModel:
         _refuse_unknown("from_pretrained", others, _LOAD_NO_EFFECT)
         if token:
             os.environ["HF_TOKEN"] = token
+            say_once("token: kept in HF_TOKEN of this process, where the hub's client looks for it")
         if full_finetuning and (load_in_4bit or load_in_8bit):
             say_once("full_finetuning=True: quantised weights cannot be trained, so the model is loaded unquantised")
             load_in_4bit = load_in_8bit = False

@@ -144,6 +144,22 @@ def _take_off(model: PeftModel, inner: PreTrainedModel) -> None:
             raise ModelError(f"{path}: {type(module).__name__} of PEFT has no place here")
     for path, module in plain.items():
         inner.set_submodule(path, module)
+    _tie_again(inner)
+
+
+def _tie_again(inner: Any) -> None:
+    """PEFT trains copies of embeddings and head, which are two tensors where the model has one: here they are one."""
+    embeddings, head = inner.get_input_embeddings(), inner.get_output_embeddings()
+    tied = getattr(inner.config.get_text_config(decoder=True), "tie_word_embeddings", False)
+    both = head is not None and embeddings.weight.requires_grad and head.weight.requires_grad
+    if not tied or not both or embeddings.weight is head.weight:
+        return
+    if not torch.equal(embeddings.weight, head.weight):
+        raise ModelError(
+            "modules_to_save: embeddings and head are one tensor in this model and were trained apart; begin from a "
+            'new adapter, or name one of them, modules_to_save=["lm_head"]'
+        )
+    head.weight = embeddings.weight
 
 
 def _adapted(model: PeftModel) -> list[tuple[str, Any]]:

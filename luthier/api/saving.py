@@ -15,7 +15,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from luthier.api.devices import check_device
+from luthier.api.devices import Added, check_device
 from luthier.api.said import say_once
 from luthier.errors import ConfigError, ModelError
 from luthier.export.save import export
@@ -32,7 +32,7 @@ _METHODS = {
 }
 
 
-class Model:
+class Model(Added):
     """The methods that a model of `FastLanguageModel` has beside those of its own class."""
 
     def to(self, *args: Any, **kwargs: Any) -> Any:

@@ -21,7 +21,16 @@ from luthier.api.arguments import DPOConfig, ORPOConfig, SFTConfig
 from luthier.api.callbacks import Reporter, checked, early_stopping
 from luthier.api.evaluate import evaluate_rows
 from luthier.api.folders import GIVEN, ROWS, TOKENIZER, folder_to_resume, new_folder
-from luthier.api.inputs import check_others, computes_in, model_of, stored_as, tokenizer_of, trained_whole
+from luthier.api.inputs import (
+    check_others,
+    check_place,
+    computes_in,
+    model_of,
+    say_new_tokens,
+    stored_as,
+    tokenizer_of,
+    trained_whole,
+)
 from luthier.api.models import notes_of
 from luthier.api.peft_models import adapter_keys, adapter_values, fill, inner_of, without_adapter
 from luthier.api.rows import GivenRows, preference_rows, sft_rows
@@ -131,6 +140,7 @@ class _Trainer:
 
     def _run(self) -> TrainOutput:
         began, model = time.perf_counter(), self.model
+        say_new_tokens(model, self.config)
         values = adapter_values(model) if isinstance(model, PeftModel) else None
         self._reporter.restart(self.output_dir)
         was_training = model.training
@@ -217,6 +227,7 @@ class _Trainer:
         inner, notes = inner_of(self.model), self._notes
         loading = None if notes is None else notes.loading.model
         embeddings = embeddings_of(inner).weight
+        check_place(inner)
         checkpointing = None if notes is None else notes.checkpointing
         given = folder / GIVEN
         keys: dict[str, Any] = {

@@ -35,7 +35,7 @@ def run_folder(target: str) -> Path | None:
     folder = Path(target).expanduser()
     if (folder / RUN_CONFIG).is_file():
         return folder
-    inside = folder.name.startswith("checkpoint-") or folder.name == "merged"
+    inside = folder.name.startswith("checkpoint-") or folder.name in ("merged", "merged-4bit")
     above = folder.parent
     return above if inside and (above / RUN_CONFIG).is_file() else None
 

@@ -35,7 +35,7 @@ def asking_format(
     from luthier.config import Config
 
     above = Path(path).expanduser().resolve().parent / RUN_CONFIG
-    own_folder = Path(path).name.startswith("checkpoint-") or Path(path).name == "merged"
+    own_folder = Path(path).name.startswith("checkpoint-") or Path(path).name in ("merged", "merged-4bit")
     if run is None and own_folder and above.is_file():
         run = Config.load(above)
     if run is not None and not raw:

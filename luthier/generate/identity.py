@@ -59,7 +59,7 @@ def _base_of(folder: Path) -> str | None:
         except (OSError, ValueError, AttributeError):
             return None  # opening the adapter says what is wrong with it
         return str(base) if base else None
-    inside = folder.name.startswith("checkpoint-") or folder.name == "merged"
+    inside = folder.name.startswith("checkpoint-") or folder.name in ("merged", "merged-4bit")
     for config in (folder / RUN_CONFIG, *([folder.parent / RUN_CONFIG] if inside else [])):
         if config.is_file():
             from luthier.config import Config

@@ -156,7 +156,7 @@ def name_of(path: str) -> str:
     if not folder.exists():
         return path
     folder = folder.resolve()
-    of_run = folder.name.startswith("checkpoint-") or folder.name == "merged"
+    of_run = folder.name.startswith("checkpoint-") or folder.name in ("merged", "merged-4bit")
     return f"{folder.parent.name}/{folder.name}" if of_run else folder.name
 
 

@@ -159,7 +159,7 @@ class TestWithoutAnAccelerator:
             lambda: inputs.to("cuda"),
             lambda: chat.to("cuda:0"),
             lambda: wrapped.to("cuda"),
-            lambda: wrapped.cuda(),
+            wrapped.cuda,
             lambda: model.to(device="cuda"),
         ):
             with pytest.raises(ConfigError, match=r"has no cuda.*\.to\(model\.device\)"):
@@ -273,7 +273,9 @@ def test_streams_are_refused_with_what_to_write(toy_llama_dir: Path, tokenizer: 
         luthier.SFTTrainer(model=str(toy_llama_dir), processing_class=tokenizer, train_dataset=stream)
 
 
-@pytest.mark.parametrize(("given", "says"), [({"ref_model": object()}, "ref_model=None"), ({"args": ["a", "b"]}, "one loss")])
+@pytest.mark.parametrize(
+    ("given", "says"), [({"ref_model": object()}, "ref_model=None"), ({"args": ["a", "b"]}, "one loss")]
+)
 def test_dpo_that_cannot_be_had(given: dict[str, Any], says: str, toy_llama_dir: Path, tokenizer: Any) -> None:
     if "args" in given:
         given = {"args": luthier.DPOConfig(output_dir="x", loss_type=["sigmoid", "hinge"])}

@@ -64,11 +64,11 @@ def assert_same(ours: Any, theirs: Any, tolerance: float = 1e-4) -> None:
     [
         (as_text, {}),
         (as_completion, {}),
-        (as_completion, {"completion_only_loss": False}),
         (as_messages, {}),
-        (as_tokens, {}),
+        pytest.param(as_completion, {"completion_only_loss": False}, marks=pytest.mark.slow),
+        pytest.param(as_tokens, {}, marks=pytest.mark.slow),
     ],
-    ids=["text", "completion", "whole-completion", "messages", "tokens"],
+    ids=["text", "completion", "messages", "whole-completion", "tokens"],
 )
 def test_sft(
     shape: Callable[[Row], Row],

@@ -57,6 +57,12 @@ except AttributeError as error:
     assert "no attribute 'nothing'" in done.stdout
 
 
+@pytest.mark.parametrize("name", ["PatchDPOTrainer", "KTOTrainer", "train_on_responses_only"])
+def test_names_of_the_others_say_what_to_write(name: str) -> None:
+    with pytest.raises(ImportError, match=f"luthier has no {name}; write .*docs/porting.md"):
+        exec(f"from luthier import {name}")
+
+
 def test_every_name_is_there() -> None:
     for name in luthier.__all__:
         assert getattr(luthier, name) is not None
@@ -67,6 +73,7 @@ def test_every_name_is_there() -> None:
     assert isinstance(luthier.train, ModuleType) and luthier.train.run.train is train
 
 
+@pytest.mark.slow
 def test_without_peft_the_doors_say_what_to_install() -> None:
     code = """
 import sys

@@ -61,10 +61,10 @@ OF_TRAINER = {"train_dataset", "eval_dataset", "callbacks", "peft_config", "form
         {},
         {"use_dora": True},
         {"modules_to_save": ["lm_head"]},
-        {"use_rslora": True, "layers_to_transform": [1]},
         {"target_modules": ["q_proj", "embed_tokens"]},
-        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3}},
-        {"init_lora_weights": False},
+        pytest.param({"use_rslora": True, "layers_to_transform": [1]}, marks=pytest.mark.slow),
+        pytest.param({"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3}}, marks=pytest.mark.slow),
+        pytest.param({"init_lora_weights": False}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -94,8 +94,33 @@ def test_the_model_is_peft_again_with_what_was_trained(
     assert losses(trainer)[-1] < losses(trainer)[0]
 
 
-@pytest.mark.parametrize("init", [True, "gaussian"])
-def test_the_config_alone_makes_the_same_run(init: Any, make: Callable[..., Any], tmp_path: Path, toy_llama_dir: Path) -> None:
+@pytest.mark.parametrize("whole", [["embed_tokens", "lm_head"], ["lm_head"]])
+def test_tied_embeddings(
+    whole: list[str], make: Callable[..., Any], toy_llama_dir: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """PEFT trains copies, and a run the one tensor: both hold the same at the end."""
+    config = transformers.AutoConfig.from_pretrained(toy_llama_dir, tie_word_embeddings=True)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "tied")
+    tokenizer.save_pretrained(tmp_path / "tied")
+    model, _ = luthier.FastLanguageModel.from_pretrained(str(tmp_path / "tied"), load_in_4bit=False)
+    model = luthier.FastLanguageModel.get_peft_model(model, r=2, modules_to_save=whole)
+    trainer = make(model, learning_rate=1e-2, max_steps=3)
+    trainer.train()
+    torch.testing.assert_close(
+        logits(luthier.load(str(trainer.output_dir)).model), logits(model), atol=2e-5, rtol=0
+    )
+    with torch.no_grad():
+        copies = {n: p for n, p in model.named_parameters() if "modules_to_save" in n}
+        next(iter(copies.values())).add_(0.1)
+    if len(whole) == 2:
+        with pytest.raises(ModelError, match="were trained apart"):
+            make(model).train()
+
+
+@pytest.mark.parametrize("init", [True, pytest.param("gaussian", marks=pytest.mark.slow)])
+def test_the_config_alone_makes_the_same_run(
+    init: Any, make: Callable[..., Any], tmp_path: Path, toy_llama_dir: Path
+) -> None:
     """`luthier train` with the notebook's config.yaml: the adapter begins with the same numbers, as seeds are equal."""
     model, _ = luthier.FastLanguageModel.from_pretrained(str(toy_llama_dir), load_in_4bit=False)
     model = luthier.FastLanguageModel.get_peft_model(model, r=4, random_state=7, init_lora_weights=init)
@@ -121,7 +146,9 @@ def test_a_second_run_has_a_folder_of_its_own(make: Callable[..., Any], tmp_path
     assert replaced.output_dir == tmp_path / "outputs" and not (tmp_path / "outputs-3").exists()
 
 
-def test_output_dir_is_the_working_folder(make: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_dir_is_the_working_folder(
+    make: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notebook.ipynb").write_text("{}")
     with pytest.raises(ConfigError, match='such as "outputs"'):
@@ -285,8 +312,9 @@ def list_of_row(row: Row) -> list[str]:
     return [of_row(row)]
 
 
-@pytest.mark.parametrize("function", [of_row, of_batch, list_of_row])
-@pytest.mark.parametrize("kind", [list, datasets.Dataset.from_list])
+@pytest.mark.parametrize(
+    ("function", "kind"), [(of_row, list), (of_batch, datasets.Dataset.from_list), (list_of_row, list)]
+)
 def test_formatting_functions(function: Any, kind: Any, make: Callable[..., Any], rows: list[Row]) -> None:
     trainer = make(train_dataset=kind(rows), formatting_func=function, max_steps=1)
     trainer.train()
@@ -369,6 +397,32 @@ def test_what_has_no_checkpoint_is_refused(make: Callable[..., Any], toy_llama_d
     config = transformers.AutoConfig.from_pretrained(toy_llama_dir)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**config.to_dict(), "_name_or_path": ""}))
     with pytest.raises(ModelError, match="save_pretrained"):
+        make(model)
+
+
+def test_new_tokens_that_nothing_keeps_are_said(
+    make: Callable[..., Any], tokenizer: Any, toy_llama_dir: Path, caplog: Any
+) -> None:
+    tokenizer.add_tokens(["<new>"])
+    for keeps in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(toy_llama_dir, dtype=torch.float32)
+        model.resize_token_embeddings(len(tokenizer))
+        whole = ["embed_tokens", "lm_head"] if keeps else None
+        lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=whole, task_type="CAUSAL_LM")
+        trainer = make(model, peft_config=lora, processing_class=tokenizer, max_steps=2, overwrite_output_dir=True)
+        caplog.clear()
+        trainer.train()
+        said = [record.message for record in caplog.records if "tokens more than" in record.message]
+        assert len(said) == (not keeps)
+    torch.testing.assert_close(
+        logits(luthier.load(str(trainer.output_dir)).model), logits(trainer.model), atol=2e-5, rtol=0
+    )
+
+
+def test_several_devices(make: Callable[..., Any], toy_llama_dir: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(toy_llama_dir, dtype=torch.float32)
+    model.lm_head.to("meta")
+    with pytest.raises(ModelError, match="spread over cpu, meta"):
         make(model)
 
 

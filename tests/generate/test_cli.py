@@ -75,7 +75,7 @@ def test_a_run_is_asked_in_the_format_of_its_training(
     assert "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:" in toy_tokenizer.decode(ids)
     # A checkpoint of a run and its merged model know their run.
     (tmp_path / "config.yaml").write_text(run.to_yaml())
-    for inside in ("checkpoint-5", "merged"):
+    for inside in ("checkpoint-5", "merged", "merged-4bit"):
         (tmp_path / inside).mkdir()
         config, entry = asking_format(str(tmp_path / inside), toy_tokenizer, None)
         assert entry.type == "alpaca"

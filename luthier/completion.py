@@ -20,7 +20,7 @@ from luthier.errors import ConfigError
 
 SHELLS = ("bash", "zsh", "fish")
 EVERYWHERE = {"--help": "Show the help of the verb.", "--debug": "Show the traceback of an error."}
-OF_PROGRAM = {"--help": "Show the help.", "--version": "Show the version."}
+OF_PROGRAM = {"--help": "Show the help.", "--version": "Show the version.", "--debug": EVERYWHERE["--debug"]}
 
 Options = dict[str, str]  # a name with its dashes -> its help
 
@@ -117,19 +117,20 @@ def bash(verbs: dict[str, Options]) -> str:
     return f"""\
 # Completion of luthier in bash: eval "$(luthier completion bash)"
 _luthier() {{
-    local cur=${{COMP_WORDS[COMP_CWORD]}} options='' configs=0 file
+    local cur=${{COMP_WORDS[COMP_CWORD]}} options='' configs=0 file at=1
     COMPREPLY=()
-    if ((COMP_CWORD == 1)); then
+    if [[ ${{COMP_WORDS[1]}} == --debug ]] && ((COMP_CWORD > 1)); then at=2; fi
+    if ((COMP_CWORD == at)); then
         COMPREPLY=($(compgen -W {shlex.quote(" ".join([*verbs, *OF_PROGRAM]))} -- "$cur"))
         return
     fi
-    case ${{COMP_WORDS[1]}} in
+    case ${{COMP_WORDS[at]}} in
 {cases}    esac
     if [[ $cur == -* ]]; then
         COMPREPLY=($(compgen -W "$options" -- "$cur"))
-    elif [[ ${{COMP_WORDS[1]}} == completion ]]; then
+    elif [[ ${{COMP_WORDS[at]}} == completion ]]; then
         COMPREPLY=($(compgen -W {shlex.quote(" ".join(SHELLS))} -- "$cur"))
-    elif ((configs && COMP_CWORD == 2)); then
+    elif ((configs && COMP_CWORD == at + 1)); then
         while IFS= read -r file; do
             if [[ -d $file || $file == *.yml || $file == *.yaml ]]; then COMPREPLY+=("$file"); fi
         done < <(compgen -f -- "$cur")
@@ -154,6 +155,7 @@ def zsh(verbs: dict[str, Options]) -> str:
 _luthier() {{
     local -a words_here options
     local configs=0
+    if [[ $words[2] == --debug ]] && ((CURRENT > 2)); then shift words; ((CURRENT--)); fi
     if ((CURRENT == 2)); then
         words_here=({described(first)})
         _describe verb words_here

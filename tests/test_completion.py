@@ -71,6 +71,8 @@ def test_bash_completes(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> No
     assert in_bash(text, ["luthier", "train", "cfg.yml", "--lora_alph"], tmp_path) == ["--lora_alpha"]
     assert in_bash(text, ["luthier", "generate", "run", "--top"], tmp_path) == ["--top-p", "--top-k"]
     assert in_bash(text, ["luthier", "completion", "z"], tmp_path) == ["zsh"]
+    assert in_bash(text, ["luthier", "--debug", "completion", "z"], tmp_path) == ["zsh"]
+    assert in_bash(text, ["luthier", "--debug", "tr"], tmp_path) == ["train"]
     # A config first, or a folder with one, whatever its name; then, and for other verbs, bash's own files.
     offered = in_bash(text, ["luthier", "plan", "cfg"], tmp_path)
     assert sorted(offered) == ["cfg", "cfg.yaml", "cfg.yml", "cfgs", "one.yml"]

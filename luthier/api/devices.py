@@ -43,6 +43,23 @@ def check_device(call: str, device: Any) -> None:
         )
 
 
+def read_on_cpu(model: Any) -> Any:
+    """The same model; its 4-bit layers are read on a CPU whatever their shape.
+
+    On processors with AVX512-BF16, bitsandbytes (0.50) repacks a 4-bit weight in its first forward pass without
+    gradients, and ends in a traceback where a block of scales goes over the end of a row, or the rows are no multiple
+    of 32. Such layers keep its general way.
+    """
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is None or not getattr(module, "support_avx512bf16_for_cpu", False):
+            continue
+        rows, columns = state.shape
+        if rows % 32 or columns % state.blocksize:
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
 class Inputs(BatchEncoding):
     """What a tokenizer returns, with a message where it is sent to a device that is not there."""
 

@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoTokenizer
 
+from luthier.api.devices import read_on_cpu
 from luthier.api.models import FastLanguageModel, folder_of_tokenizer
 from luthier.api.peft_models import check_lora, inner_of
 from luthier.api.said import say_once
@@ -83,7 +84,7 @@ def model_of(model: Any, args: Any, peft_config: Any, quantization: Any) -> Any:
         )
     elif quantization is not None:
         raise ConfigError("quantization_config: the model is loaded already; give it to from_pretrained")
-    inner_of(model)
+    read_on_cpu(inner_of(model))
     if peft_config is None:
         return model
     check_lora(peft_config)

@@ -14,7 +14,7 @@ from luthier.data.examples import ChatExample
 from luthier.data.formats import prompt_example
 from luthier.data.render import Renderer
 from luthier.data.tokenizer import terminator_ids
-from luthier.errors import ConfigError
+from luthier.errors import ConfigError, DataError
 from luthier.generate.cli import LONGEST, asking_format
 from luthier.generate.engine import Engine, default_terminators
 from luthier.generate.sampling import Sampling
@@ -96,6 +96,8 @@ class Loaded:
         engine, renderer, entry, config = self._engines[raw]
         found = []
         for prompt in prompts:
+            if not isinstance(prompt, str) and not (_is_one(prompt) and isinstance(prompt, list | tuple)):
+                raise DataError(f"a prompt is a text, or a list of messages with role and content, not {prompt!r:.80}")
             if isinstance(prompt, str):
                 example = prompt_example(entry, prompt, "", system, config.preference.rl)
             elif raw or not self.tokenizer.chat_template:
@@ -128,7 +130,9 @@ def load(run_or_model: str, *, device: str | None = None, dtype: torch.dtype | N
 
 
 def _is_one(prompts: Any) -> bool:
-    return isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], dict))
+    if isinstance(prompts, str | dict) or not hasattr(prompts, "__getitem__"):
+        return True
+    return len(prompts) > 0 and isinstance(prompts[0], dict)
 
 
 def _sampling(

@@ -6,6 +6,7 @@ other. Luthier's layers are there only while one of its trainers runs.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from peft import LoraConfig, PeftModel
 from peft import get_peft_model as wrap
 from transformers import PreTrainedTokenizerBase
 
-from luthier.api.devices import become, with_checked_inputs
+from luthier.api.devices import become, read_on_cpu, with_checked_inputs
 from luthier.api.peft_models import check_lora, fill, inner_of
 from luthier.api.said import say_once, speak
 from luthier.api.saving import Model
@@ -106,6 +107,9 @@ class FastLanguageModel:
         """
         speak()
         _refuse_unknown("from_pretrained", others, _LOAD_NO_EFFECT)
+        if not isinstance(model_name, str | os.PathLike):
+            raise ConfigError(f"model_name={model_name!r}: write the name of a model, or its folder")
+        check_length(max_seq_length)
         if token:
             os.environ["HF_TOKEN"] = token
             say_once("token: kept in HF_TOKEN of this process, where the hub's client looks for it")
@@ -114,6 +118,10 @@ class FastLanguageModel:
             load_in_4bit = load_in_8bit = False
         if load_in_4bit and load_in_8bit:
             load_in_4bit = False  # the default of the one must not stand against the other
+        if load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+            raise ConfigError(
+                "load_in_4bit needs bitsandbytes: pip install 'luthier[bitsandbytes]', or write load_in_4bit=False"
+            )
         found = find(str(model_name))
         values: dict[str, Any] = {
             "base_model": found.base,
@@ -133,8 +141,8 @@ class FastLanguageModel:
         config = Config.from_flat(values, origin="from_pretrained")
         device = choose_device(config.model.device_map)
         tokenizer = load_tokenizer(config)
-        model = load_model(config, tokenizer, device, choose_dtype(config, device))
-        model.luthier_notes = Notes(config, None, max_seq_length, use_gradient_checkpointing)  # type: ignore[assignment]
+        model = read_on_cpu(load_model(config, tokenizer, device, choose_dtype(config, device)))
+        model.luthier_notes = Notes(config, None, max_seq_length, use_gradient_checkpointing)
         become(model, Model)
         if found.is_adapter:
             log.info("%s is an adapter: it is loaded onto its base, %s", model_name, found.base)
@@ -250,6 +258,12 @@ class FastLanguageModel:
         if notes is not None and use_gradient_checkpointing is not None:
             notes.checkpointing = use_gradient_checkpointing
         return model.train()
+
+
+def check_length(max_seq_length: Any) -> None:
+    """Raises ConfigError for what is no length of a text in tokens."""
+    if max_seq_length is not None and (not isinstance(max_seq_length, int) or max_seq_length < 1):
+        raise ConfigError(f"max_seq_length={max_seq_length!r}: write a number of tokens, such as 2048, or None")
 
 
 def _whole(alpha: float) -> Any:

@@ -100,6 +100,8 @@ def rows_of(dataset: Any, name: str) -> Iterable[Row]:
             f"{name} is a stream ({type(dataset).__name__}); a run knows its data before its first step, so that it "
             f"can be resumed: write {name}=Dataset.from_list(list(dataset.take(10_000))), or load it without streaming"
         )
+    if isinstance(dataset, str):
+        raise DataError(f'{name} is a text: write {name}=load_dataset("{dataset[:80]}", split="train"), of `datasets`')
     if not len(dataset):
         raise DataError(f"{name} is empty")
 

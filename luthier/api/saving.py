@@ -70,6 +70,11 @@ class Model(Added):
                     f'save_method="{save_method}": the model has no adapter to merge; model.save_pretrained(...) '
                     "writes it as it is"
                 )
+            if _has_adapter(self) and (folder / "config.json").is_file():
+                raise ConfigError(
+                    f'save_method="lora": {folder} holds a whole model, and transformers would load it together with '
+                    "the adapter: choose another folder"
+                )
             _write(self, folder, tokenizer)
             return
         with as_folder(self, tokenizer) as source:
@@ -118,6 +123,13 @@ class Model(Added):
             merged = Path(place) / "merged"
             self.save_pretrained_merged(merged, tokenizer, save_method=method)
             return _upload(merged, repo_id, **options)
+
+    def push_to_hub_gguf(self, repo_id: str, *args: Any, **kwargs: Any) -> str:
+        """Not here: raises ConfigError with the two lines to write."""
+        raise ConfigError(
+            'push_to_hub_gguf: write model.save_pretrained_gguf("gguf", tokenizer, quantization_method=...), '
+            f'then `luthier push FOLDER {repo_id} --gguf FILE` in a shell, where FOLDER has the saved adapter'
+        )
 
 
 @contextmanager

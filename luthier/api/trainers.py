@@ -31,7 +31,7 @@ from luthier.api.inputs import (
     tokenizer_of,
     trained_whole,
 )
-from luthier.api.models import notes_of
+from luthier.api.models import check_length, notes_of
 from luthier.api.peft_models import adapter_keys, adapter_values, fill, inner_of, without_adapter
 from luthier.api.rows import GivenRows, preference_rows, sft_rows
 from luthier.api.said import say_once, speak
@@ -73,6 +73,9 @@ class _Trainer:
         speak()
         name = type(self).__name__
         self.args = self.arguments() if args is None else args
+        if not hasattr(self.args, "output_dir"):
+            raise ConfigError(f"{name}: args is a {type(args).__name__}: write args={self.arguments.__name__}(...)")
+        check_length(max_seq_length)
         check_others(name, others, data_collator, optimizers)
         self.processing_class = tokenizer_of(name, processing_class, tokenizer, model)
         self.model = model_of(model, self.args, peft_config, others.get("quantization_config"))
@@ -252,6 +255,9 @@ class _Trainer:
             **early_stopping(self._callbacks)[1],
             **self._own_keys(),
         }
+        if (keys.get("max_prompt_len") or 0) >= keys["sequence_len"] == self._positions():
+            keys["max_prompt_len"] = half = keys["sequence_len"] // 2
+            say_once(f"max_prompt_length: {half}, half of the model's {keys['sequence_len']} positions")
         if not keys["base_model"]:
             raise ModelError(
                 "the model was made in memory, and a run names the checkpoint that it begins from: "
@@ -266,8 +272,11 @@ class _Trainer:
         whole = rows.kind.train_on_inputs
         return {"path": str(path), **rows.kind.entry, **({} if whole is None else {"train_on_inputs": whole})}
 
+    def _positions(self) -> int | None:
+        return positions(inner_of(self.model).config.get_text_config(decoder=True))
+
     def _length(self) -> int:
-        limit = positions(inner_of(self.model).config.get_text_config(decoder=True))
+        limit = self._positions()
         said = self._max_seq_length or getattr(self.args, "max_length", None)
         if not said and "max_length" in getattr(self.args, "given", ()):
             return limit or 2**20  # max_length=None: nothing is cut

@@ -92,21 +92,21 @@ def copy_beside_weights(base: Path, target: Path) -> None:
 def check_target(target: Path, needed: Sequence[Path], *, overwrite: bool) -> None:
     """Raises ConfigError for a folder that holds something, unless it may be replaced and is safe to replace."""
     if target.exists() and not target.is_dir():
-        raise ConfigError(f"--out: {target} is a file")
+        raise ConfigError(f"{target} is a file, and a folder is written: choose another place for it")
     for path in needed:
         if path.resolve().is_relative_to(target.resolve()):
-            raise ConfigError(f"--out: {target} holds {path}, which the merge reads; choose another folder")
+            raise ConfigError(f"{target} holds {path}, which the merge reads; choose another folder")
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
         raise ConfigError(
-            f"--out: {target} already holds something, and nothing is overwritten unasked. Choose another folder, or "
+            f"{target} already holds something, and nothing is overwritten unasked. Choose another folder, or "
             "add --overwrite"
         )
     if not (target / RECORD).is_file():
         raise ConfigError(
-            f"--overwrite: {target} was not made by a merge ({RECORD} is missing); delete it yourself, or choose "
-            "another folder"
+            f"{target} was not made by a merge ({RECORD} is missing), and is not overwritten: delete it yourself, or "
+            "choose another folder"
         )
 
 

@@ -7,6 +7,7 @@ instruction, or a conversation, and not a template.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -79,9 +80,13 @@ class Asking:
         return cls(tokenizer, *asking_format(path, tokenizer, run, raw=raw))
 
     def example(self, instruction: str, input: str = "", system: str | None = None) -> Example:
+        """DataError: a text is none: bytes of a command line or a pipe that are no UTF-8 arrive as half surrogates."""
         from luthier.data.examples import ChatExample
         from luthier.data.formats import prompt_example
+        from luthier.data.values import text_of
 
+        for text, what in ((instruction, "the prompt"), (input, "its input"), (system or "", "the system text")):
+            text_of(text, what, Counter())
         if not self.is_chat:
             return prompt_example(self._form, instruction, input, system, self._rl)
         opening = [{"role": "system", "content": system}] if system else []

@@ -92,6 +92,7 @@ def open_speakers(paths: Sequence[str]) -> dict[str, Callable[[], Speaker]]:
     Raises:
         ModelError: nothing loadable there, or two of one name.
     """
+    from luthier.data.hub import notice_missing_network
     from luthier.models.assemble import tokenizer_for_inference
     from luthier.models.several import name_of
 
@@ -102,6 +103,8 @@ def open_speakers(paths: Sequence[str]) -> dict[str, Callable[[], Speaker]]:
         raise ModelError(f"the same model twice: {', '.join(paths)}")
     if len(paths) == 1:
         return {names[0]: _alone(names[0], paths[0])}
+    if not all(Path(path).expanduser().exists() for path in paths):
+        notice_missing_network()
     for path in paths:
         tokenizer_for_inference(path)  # says now what is not there
     try:

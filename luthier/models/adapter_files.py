@@ -195,16 +195,32 @@ def _layers(found: dict[str, Any]) -> list[int] | None:
 
 
 def load_adapter(
-    model: PreTrainedModel, folder: str | Path, settings: AdapterConfig, seed: int = 0
+    model: PreTrainedModel, folder: str | Path, settings: AdapterConfig, seed: int = 0, *, trained_on: bool = False
 ) -> DropoutState:
     """Put an adapter from disk onto a base model; returns the dropout state of the new layers.
+
+    Args:
+        trained_on: the adapter will be saved again, from which embeddings that are not its own would be missing: they
+            are refused then.
 
     Raises:
         ModelError: tensors that have no place in this model, or places that have no tensor.
     """
     state = add_lora(model, settings, seed)
-    fill_adapter(model, read_adapter_tensors(folder), settings.lora_modules_to_save, str(folder))
+    tensors = read_adapter_tensors(folder)
+    resized = {} if trained_on else resized_embeddings(model, tensors)
+    if resized:
+        log.info("%s brings embeddings of its own, which take the place of the base's", folder)
+    fill_adapter(model, tensors, settings.lora_modules_to_save, str(folder), resized)
     return state
+
+
+def resized_embeddings(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of embeddings and head that PEFT has written beside an adapter, as it does where a notebook resized
+    them for new tokens, and their places in the model."""
+    tables = [id(model.get_input_embeddings()), id(model.get_output_embeddings())]
+    names = {f"{PREFIX}{path}.weight": module for path, module in model.named_modules() if id(module) in tables}
+    return {name: cast(torch.Tensor, module.weight) for name, module in names.items() if name in tensors}
 
 
 def read_adapter_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
@@ -229,9 +245,11 @@ def fill_adapter(
     tensors: dict[str, torch.Tensor],
     modules_to_save: tuple[str, ...] | list[str],
     source: str,
+    beside: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Copy tensors under PEFT's names into the adapter of a model; every name must match in both directions."""
-    places: dict[str, torch.Tensor] = {}
+    """Copy tensors under PEFT's names into the adapter of a model, and into the places `beside` it; every name must
+    match in both directions."""
+    places: dict[str, torch.Tensor] = dict(beside or {})
     for path, adapter in adapters(model).items():
         places |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in adapter.tensors().items()}
         # PEFT writes the base weight of adapted embeddings, and of a head, beside the adapter.

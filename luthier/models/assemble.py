@@ -132,7 +132,9 @@ def make_trainable(
         adapter.lora_r,
         adapter.lora_alpha,
     )
-    return adapter_files.load_adapter(model, adapter.lora_model_dir, adapter, config.training.seed)
+    return adapter_files.load_adapter(
+        model, adapter.lora_model_dir, adapter, config.training.seed, trained_on=True
+    )
 
 
 def with_adapter_settings(config: Config) -> Config:
@@ -297,9 +299,21 @@ def find(path: str) -> Found:
             f"{adapter_files.CONFIG}"
         )
     base = described.get("base_model_name_or_path") or str(source or path)
+    base = base if source is None else _from_above(base, source)
     # Of the run of a merged model only the format counts: its weights are neither rounded nor stretched once more.
     as_trained = config if config is None or is_adapter or config.adapter.adapter is None else None
     return Found(source, is_adapter, base, _loading_config(base, described.get("revision"), as_trained), config)
+
+
+def _from_above(base: str, source: Path) -> str:
+    """A base that a run names by a relative path, which held where the run was started: mostly a folder above it."""
+    if Path(base).expanduser().is_absolute() or Path(base).exists():
+        return base
+    for above in source.resolve().parents:
+        if (above / base / "config.json").is_file():
+            log.info("%s is not here, and is in %s, above the run", base, above)
+            return str(above / base)
+    return base
 
 
 def _loading_config(base: str, revision: str | None, run: Config | None) -> Config:

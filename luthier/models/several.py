@@ -236,7 +236,11 @@ def _check_targets(model: PreTrainedModel, name: str, settings: Any) -> None:
             raise ModelError(
                 f"{name} cannot share its base with another adapter: it adapts embeddings ({path}); {APART}"
             )
-    for key, tensor in adapter_files.read_adapter_tensors(settings.lora_model_dir).items():
+    tensors = adapter_files.read_adapter_tensors(settings.lora_model_dir)
+    resized = adapter_files.resized_embeddings(model, tensors)
+    for key, tensor in tensors.items():
         path, found, _ = key.removeprefix(adapter_files.PREFIX).partition(".base_layer.weight")
+        if key in resized:
+            path, found = path.removesuffix(".weight"), "whole"
         if found and not torch.equal(tensor, model.get_parameter(f"{path}.weight").to(tensor.dtype).cpu()):
             raise ModelError(f"{name} brings a weight of the base that is another than the base's ({path}); {APART}")

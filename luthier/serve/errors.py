@@ -26,7 +26,9 @@ class ApiError(Exception):
         retry_after: int | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        # What a client called something may hold half a pair of surrogates, which no answer can carry.
+        self.message, self.param = _writable(message), None if param is None else _writable(param)
+        self.status, self.code = status, code
         self.retry_after = retry_after
 
     @property
@@ -38,6 +40,10 @@ class ApiError(Exception):
     @property
     def headers(self) -> dict[str, str]:
         return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+
+
+def _writable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def bad(message: str, param: str | None = None, code: str | None = None) -> ApiError:

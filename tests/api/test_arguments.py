@@ -172,7 +172,7 @@ class TestWithoutAnAccelerator:
 
 def test_4bit_without_bitsandbytes(toy_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("luthier.models.quantize.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"load_in_4bit needs bitsandbytes: pip install"):
+    with pytest.raises(ConfigError, match=r"bitsandbytes: pip install .*or write load_in_4bit=False"):
         luthier.FastLanguageModel.from_pretrained(str(toy_llama_dir))
 
 
@@ -205,7 +205,11 @@ def test_arguments_of_loading(toy_llama_dir: Path, caplog: pytest.LogCaptureFixt
     load = luthier.FastLanguageModel.from_pretrained
     load(str(toy_llama_dir), load_in_4bit=False, fast_inference=True, device_map="sequential")
     assert any("fast_inference has no effect here" in record.message for record in caplog.records)
-    for given, says in (({"quantum": True}, "quantum"), ({"dtype": "int8"}, "torch.float32")):
+    for given, says in (
+        ({"quantum": True}, "quantum"),
+        ({"dtype": "int8"}, "torch.float32"),
+        ({"max_seq_length": 0}, "number of tokens"),
+    ):
         with pytest.raises(ConfigError, match=says):
             load(str(toy_llama_dir), load_in_4bit=False, **given)
     with pytest.raises(ModelError, match="neither a run, an adapter nor a model"):
@@ -236,6 +240,9 @@ class Waits(transformers.TrainerCallback):
         ({"tokenizer": "another"}, "two names"),
         ({"train_dataset": None}, "no train_dataset"),
         ({"train_dataset": []}, "empty"),
+        ({"train_dataset": "imdb"}, 'load_dataset("imdb"'),
+        ({"args": {"output_dir": "x"}}, "args=SFTConfig(...)"),
+        ({"max_seq_length": "2048"}, "number of tokens"),
         ({"train_dataset": {"train": [], "test": []}}, "train_dataset=dataset['train']"),
         ({"train_dataset": (row for row in [{"text": "a"}])}, r"list(dataset.take("),
         ({"train_dataset": [{"question": "a", "answer": "b"}]}, "question, answer"),
@@ -283,6 +290,17 @@ def test_dpo_that_cannot_be_had(given: dict[str, Any], says: str, toy_llama_dir:
     model = transformers.AutoModelForCausalLM.from_pretrained(toy_llama_dir, dtype=torch.float32)
     with pytest.raises(ConfigError, match=says):
         luthier.DPOTrainer(model=model, processing_class=tokenizer, train_dataset=rows, **given)
+
+
+def test_prompts_of_a_model_with_fewer_positions(toy_llama_dir: Path, tokenizer: Any) -> None:
+    """The usual max_length=1024, max_prompt_length=512, and a model that has 512 positions."""
+    trainer = luthier.ORPOTrainer(
+        model=transformers.AutoModelForCausalLM.from_pretrained(toy_llama_dir, dtype=torch.float32),
+        args=luthier.ORPOConfig(output_dir="x", max_length=1024, max_prompt_length=512),
+        train_dataset=[{"prompt": "a", "chosen": "b", "rejected": "c"}],
+        processing_class=tokenizer,
+    )
+    assert trainer.config.data.sequence_len == 512 and trainer.config.preference.max_prompt_len == 256
 
 
 def test_a_trainer_says_what_it_has(toy_llama_dir: Path, tokenizer: Any, tmp_path: Path) -> None:

@@ -13,10 +13,13 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from peft import get_peft_model as wrap
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, TextStreamer
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, TextStreamer
 
 import luthier
 from luthier.errors import ConfigError, ModelError
+from luthier.models import several
+from luthier.models.adapter_files import adapter_settings
 from tests.api.conftest import Row
 
 IDS = torch.arange(5, 45)[None]
@@ -41,6 +44,74 @@ def test_classes_are_the_usual_ones(pair: tuple[Any, Any], toy_llama_dir: Path, 
     wrapped = luthier.FastLanguageModel.get_peft_model(model, r=2)
     assert isinstance(wrapped, PeftModel) and wrapped.get_base_model() is model
     assert wrapped.peft_config["default"].base_model_name_or_path == str(toy_llama_dir)
+
+
+def test_4bit_layers_of_any_shape_are_read_on_a_cpu(
+    toy_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of 80 numbers, over whose ends blocks of 64 go, where bitsandbytes would repack them (AVX512-BF16)."""
+    dequantize_4bit = pytest.importorskip("bitsandbytes").functional.dequantize_4bit
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    config = AutoConfig.from_pretrained(toy_llama_dir)
+    config.hidden_size, config.intermediate_size, config.head_dim = 80, 96, 20
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(toy_llama_dir).save_pretrained(tmp_path)
+    model, _ = luthier.FastLanguageModel.from_pretrained(str(tmp_path))
+    layer = model.model.layers[0].mlp.down_proj
+    assert type(layer).__name__ == "Linear4bit"
+    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = x @ dequantize_4bit(layer.weight.data, layer.weight.quant_state).t()
+        torch.testing.assert_close(layer.eval()(x), expected, atol=1e-5, rtol=1e-5)
+    assert model.eval().generate(IDS, max_new_tokens=2, do_sample=False).shape == (1, 42)
+
+
+def test_an_adapter_with_resized_embeddings_opens_everywhere(toy_llama_dir: Path, tmp_path: Path) -> None:
+    """PEFT writes embeddings and head beside the adapter where a notebook has resized them (setup_chat_format)."""
+    tokenizer = AutoTokenizer.from_pretrained(toy_llama_dir)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|one|>", "<|two|>"]})
+    model = AutoModelForCausalLM.from_pretrained(toy_llama_dir, dtype=torch.float32)
+    model.resize_token_embeddings(len(tokenizer))
+    wrapped = wrap(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"))
+    wrapped.save_pretrained(tmp_path / "lora", save_embedding_layers=True)
+    tokenizer.save_pretrained(tmp_path / "lora")
+    ids = torch.cat([IDS, torch.tensor([[len(tokenizer) - 2, len(tokenizer) - 1]])], 1)
+    loaded = luthier.load(str(tmp_path / "lora"), dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.model(ids).logits, wrapped.eval()(ids).logits, atol=2e-5, rtol=0)
+    # Trained on, they would be missing from the new adapter; beside another adapter, they would change its answers.
+    with pytest.raises(ModelError, match="have no place in the model"):
+        luthier.train(
+            {
+                "base_model": str(toy_llama_dir), "tokenizer_config": str(tmp_path / "lora"), "adapter": "lora",
+                "datasets": [{"path": _rows(tmp_path), "type": "completion"}], "bf16": False, "max_steps": 1,
+                "lora_model_dir": str(tmp_path / "lora"), "output_dir": str(tmp_path / "run"),
+            }
+        )  # fmt: skip
+    with pytest.raises(ModelError, match="brings a weight of the base that is another"):
+        several._check_targets(loaded.model, "lora", adapter_settings(_changed(tmp_path / "lora")))
+
+
+def test_an_adapter_is_not_saved_into_a_whole_model(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    model = luthier.FastLanguageModel.get_peft_model(pair[0], r=2)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="choose another folder"):
+        model.save_pretrained_merged(tmp_path, pair[1], save_method="lora")
+    with pytest.raises(ConfigError, match="luthier push FOLDER me/it --gguf FILE"):
+        model.push_to_hub_gguf("me/it", pair[1], quantization_method="q8_0")
+
+
+def _rows(folder: Path) -> str:
+    (folder / "rows.jsonl").write_text('{"text": "a b c"}\n' * 4)
+    return str(folder / "rows.jsonl")
+
+
+def _changed(folder: Path) -> Path:
+    """The same adapter with other embeddings."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = "base_model.model.model.embed_tokens.weight"
+    save_file({**tensors, name: tensors[name] + 1}, folder / "adapter_model.safetensors")
+    return folder
 
 
 def test_copies_and_pickles(pair: tuple[Any, Any]) -> None:

@@ -18,7 +18,7 @@ import torch
 
 import luthier
 from luthier.config import Config
-from luthier.errors import ConfigError, ModelError
+from luthier.errors import ConfigError, DataError, ModelError
 from tests.api.conftest import Row
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,6 +138,9 @@ def test_load_and_generate(keys: dict[str, Any], caplog: pytest.LogCaptureFixtur
 
 def test_load_a_plain_model(toy_llama_dir: Path) -> None:
     loaded = luthier.load(toy_llama_dir)
+    for prompts in (3, [3], ["a", ["b"]], {"role": "user"}):
+        with pytest.raises(DataError, match="a prompt is a text, or a list of messages"):
+            loaded.generate(prompts)
     assert loaded.config is None
     assert isinstance(loaded.generate("one two", system="Be brief.", max_new_tokens=3, seed=1, temperature=0.9), str)
 

@@ -47,6 +47,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return make
 
 
+IS_INSTALLED = llama.is_installed
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Others than llama.cpp read the files, and a tokenizer is tried on all texts where it is the subject."""
@@ -368,6 +371,10 @@ def test_what_is_not_installed(
 ) -> None:
     call = [str(model_dir("smollm")), "--to", "gguf", "--output", str(tmp_path / "x.gguf"), "--quant"]
     assert "pip install llama-cpp-python" in failed([*call, "q4_k_m"], capsys)
+    with monkeypatch.context() as named:
+        named.setattr(llama, "is_installed", IS_INSTALLED)
+        named.setenv("LUTHIER_LLAMA_PYTHON", "/there/is/none")
+        assert "/there/is/none is no file" in failed([*call, "q8_0"], capsys)
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert 'pip install "luthier[gguf]"' in failed([*call, "q8_0"], capsys)
 

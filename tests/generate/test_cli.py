@@ -118,3 +118,8 @@ def test_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert "nothing" in error
+
+
+def test_a_prompt_of_broken_bytes(toy_llama_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", str(toy_llama_dir), "--prompt", "x\udcff"]) == 1
+    assert "error: the prompt holds half of a surrogate pair" in capsys.readouterr().err

@@ -307,3 +307,11 @@ def test_metrics(start: Callable[..., Running]) -> None:
     assert figures['luthier_first_token_seconds_count{model="chat"}'] == 1
     assert figures['luthier_answer_seconds_count{model="chat"}'] == 1
     assert (figures["luthier_waiting_texts"], figures["luthier_running_texts"]) == (0, 0)
+
+
+def test_a_field_whose_name_is_no_text(running: Running) -> None:
+    body = b'{"model": "base", "prompt": "x", "\\ud800": 1}'
+    kind = {"Content-Type": "application/json"}
+    answer = httpx.post(f"{running.api}/completions", content=body, headers=kind, timeout=60)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "\\ud800"

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from luthier.errors import RunError
+from luthier.errors import ConfigError, RunError
 
 PYTHON = "LUTHIER_LLAMA_PYTHON"
 _SCRIPT = Path(__file__).with_name("llama_process.py")
@@ -39,9 +39,15 @@ class Read:
 
 
 def is_installed() -> bool:
-    """Whether there is a binding; a broken one is noticed when it is used."""
+    """Whether there is a binding; a broken one is noticed when it is used.
+
+    Raises:
+        ConfigError: the Python that is named is not there.
+    """
     if named := os.environ.get(PYTHON):
-        return Path(named).is_file()
+        if not Path(named).is_file():
+            raise ConfigError(f"{PYTHON}: {named} is no file: name a Python that has llama-cpp-python, or unset it")
+        return True
     return importlib.util.find_spec("llama_cpp") is not None
 
 

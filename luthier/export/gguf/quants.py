@@ -74,7 +74,7 @@ def check_installed(quant: Quant) -> None:
         import gguf  # noqa: F401
     except ImportError as error:
         raise ModelError('GGUF files are written with the package gguf: pip install "luthier[gguf]"') from error
-    if quant.by_llama_cpp and not llama.is_installed():
+    if not llama.is_installed() and quant.by_llama_cpp:
         python = ", ".join(name for name, each in QUANTS.items() if not each.by_llama_cpp)
         raise ModelError(
             f"--quant {quant.name} is made by llama.cpp: pip install llama-cpp-python. Without it there are {python}"

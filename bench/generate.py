@@ -89,7 +89,9 @@ def main(given: list[str] | None = None) -> int:
 def in_own_process(options: list[str], job: Path) -> dict[str, Any] | None:
     """Run this module with these options; None, and the log's end is shown, if it fails."""
     log = job / "log.txt"
-    done = process.run(sys.executable, "bench.generate", options, scratch=job / "scratch", log=log)
+    # How threads wait is left to everybody's own: a token is many small operations, and sleeping costs each of them.
+    waiting = {"OMP_WAIT_POLICY": "", "GOMP_SPINCOUNT": ""}
+    done = process.run(sys.executable, "bench.generate", options, scratch=job / "scratch", log=log, extra=waiting)
     if done.status:
         print(log.read_text(encoding="utf-8")[-3000:], file=sys.stderr)
         return None

@@ -39,10 +39,10 @@ class Finished:
 
 def environment(scratch: Path, extra: dict[str, str]) -> dict[str, str]:
     """What a contender's process sees. Threads for every core, and waiting ones sleep: spinning threads cost
-    some contenders tenfold as soon as anything else runs."""
+    some contenders tenfold as soon as anything else runs. `extra` with an empty value leaves a variable out."""
     cores = str(os.cpu_count() or 1)
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONHOME"}
-    return inherited | {
+    chosen = inherited | {
         "PYTHONPATH": str(ROOT),
         "OMP_WAIT_POLICY": "passive",
         "OMP_NUM_THREADS": cores,
@@ -59,6 +59,7 @@ def environment(scratch: Path, extra: dict[str, str]) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         **extra,
     }
+    return {name: value for name, value in chosen.items() if value or name not in extra}
 
 
 def run(

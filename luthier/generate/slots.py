@@ -17,6 +17,9 @@ from torch import Tensor
 
 from luthier.models.attention import attend
 
+# Places over texts from which on a call for each text costs a CPU less than one call with a mask.
+UNEVEN = 3
+
 
 @dataclass
 class _Pass:
@@ -39,12 +42,11 @@ class Slots:
     """Room for texts side by side; grows as they do.
 
     Attributes:
-        lengths: tokens that each slot holds, of a text or of one that has ended. one_by_one: whether each text
-            attends in a call of its own, or all in one with a mask.
+        lengths: tokens that each slot holds, of a text or of one that has ended. one_by_one: whether texts of very
+            unequal length attend in a call for each, where calls are cheap, and not all in one with a mask.
     """
 
     def __init__(self, device: torch.device) -> None:
-        # A call for each text costs no more on a CPU than one with a mask, and nothing is masked.
         self.one_by_one = device.type == "cpu"
         self.device = device
         self.lengths: list[int] = []
@@ -163,7 +165,8 @@ class Slots:
             out = attend(rows, keys[:1, :, seen], values[:1, :, seen], mask=None, **options)
             return [out.reshape(1, query.shape[1], 1, -1)]
         rows = query[0].transpose(0, 1).unflatten(1, (kv_heads, -1) if grouped else (-1, 1))
-        if self.one_by_one:
+        longest = max(self._pass.before) + 1
+        if self.one_by_one and longest * len(self._pass.before) > UNEVEN * sum(self._pass.before):
             found = []
             for slot, before in enumerate(self._pass.before):
                 seen = slice(0 if window is None else max(0, before + 1 - window), before + 1)
@@ -171,7 +174,7 @@ class Slots:
                 found.append(attend(rows[slot : slot + 1], *one, mask=None, **options))
             out = torch.cat(found)
         else:
-            writing, longest = self._pass.writing, max(self._pass.before) + 1
+            writing = self._pass.writing
             mask = self._mask(window, longest)
             out = attend(rows, keys[:writing, :, :longest], values[:writing, :, :longest], mask=mask, **options)
         return [out.flatten(1, 2).transpose(0, 1)[None]]

@@ -77,11 +77,21 @@ def test_greedy_equals_generate_alone(family: str, budget: int, byte_tokenizer: 
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss"])
+def test_texts_of_very_unequal_length_attend_apart(
+    family: str, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompts = ours(family), some_prompts((90, 3, 4, 3, 5, 4))
+    monkeypatch.setattr(Slots, "_mask", lambda *args: pytest.fail("one call with a mask"))
+    completions = Engine(model, byte_tokenizer, []).generate(prompts, Sampling(max_new_tokens=8, do_sample=False))
+    assert [completion.token_ids for completion in completions] == [alone(model, prompt, 8) for prompt in prompts]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss"])
 def test_the_way_of_accelerators_is_the_same(
     family: str, byte_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One masked call for all texts in place of a call for each."""
-    model, prompts = ours(family), some_prompts()
+    """One masked call for all texts, however unequal."""
+    model, prompts = ours(family), some_prompts((90, 3, 4, 17, 5, 4))
     masked: list[bool] = []
     one_call = Slots._mask
     make = Slots.__init__

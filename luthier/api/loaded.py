@@ -15,7 +15,7 @@ from luthier.data.formats import prompt_example
 from luthier.data.render import Renderer
 from luthier.data.tokenizer import terminator_ids
 from luthier.errors import ConfigError, DataError
-from luthier.generate.cli import LONGEST, asking_format
+from luthier.generate.asking import LONGEST, asking_format
 from luthier.generate.engine import Engine, default_terminators
 from luthier.generate.sampling import Sampling
 from luthier.models.assemble import open_for_inference

@@ -1,5 +1,5 @@
 """Continuous batching: every step is one flat pass over the last tokens of all running texts and the prompts of those
-that join, so that no text waits for another one's end and nothing is padded.
+that join, so that no text waits for another one's end and no prompt is padded.
 
 A text joins as soon as there is a slot for it, and leaves with its last token. What it shares with the text of another
 slot, running or ended, is copied and not computed: a template, a system prompt, a conversation so far. Where memory

@@ -1,7 +1,7 @@
 """Keys and values of the texts that are being written, and attention over them.
 
 A text has a slot: a place in one tensor per layer. A pass of the model is flat: the last token of every text that is
-being written, then whole prompts, all laid end to end and nothing padded (`models.attention` hands each layer's
+being written, then whole prompts, all laid end to end, no prompt padded (`models.attention` hands each layer's
 query, key and value here). What a slot holds stays readable until another text takes it, so that a prompt which
 begins like an earlier one, in this batch or a conversation's last turn, copies what they share.
 """

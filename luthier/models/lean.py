@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -58,8 +58,10 @@ class LeanNorm(FusedNorm):
         return self(residual), residual
 
 
-class LeanMLP(FusedMLP):
-    """gate and up in one multiply."""
+class _Joining(Fused):
+    """For modules that begin with layers of one input. `last`: the layer that they end with."""
+
+    last: ClassVar[str]
 
     @classmethod
     def takes(cls, layer: nn.Module) -> bool:
@@ -68,8 +70,14 @@ class LeanMLP(FusedMLP):
     @classmethod
     def candidates(cls, module: nn.Module) -> Iterator[dict[str, Any]]:
         for found in super().candidates(module):
-            if joinable(module, (*found["inputs"], "down_proj")):
+            if joinable(module, (*found["inputs"], cls.last)):
                 yield found
+
+
+class LeanMLP(_Joining, FusedMLP):
+    """gate and up in one multiply."""
+
+    last = "down_proj"
 
     def __init__(self, module: nn.Module, kind: str, inputs: tuple[str, ...]) -> None:
         super().__init__(module, kind, inputs)
@@ -81,18 +89,10 @@ class LeanMLP(FusedMLP):
         return cast(torch.Tensor, self.down(self.activation(gate) * up))
 
 
-class LeanAttention(FusedAttention):
+class LeanAttention(_Joining, FusedAttention):
     """q, k and v in one multiply, and q and k rotated together."""
 
-    @classmethod
-    def takes(cls, layer: nn.Module) -> bool:
-        return is_plain(layer)
-
-    @classmethod
-    def candidates(cls, module: nn.Module) -> Iterator[dict[str, Any]]:
-        for found in super().candidates(module):
-            if joinable(module, (*found["inputs"], "o_proj")):
-                yield found
+    last = "o_proj"
 
     def __init__(self, module: nn.Module, call: AttentionCall, inputs: tuple[str, ...], rope: bool) -> None:
         super().__init__(module, call, inputs, rope)

@@ -2,6 +2,7 @@
 
     python -m bench.generate                         # a 9M shape; needs peft beside luthier
     python -m bench.generate --shape 135m --rounds 2
+    python -m bench.generate --shape 135m --device cuda   # in bf16; says whether steps were replayed as CUDA graphs
 
 The same base, adapter (r=16 on all linear layers, random) and prompts for everybody, greedy, so many new tokens each.
 Every contender has a process of its own, which loads, answers once unmeasured, then answers the prompts measured: one
@@ -13,10 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -28,10 +31,13 @@ from bench.shapes import SHAPES
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CONTENDERS = ("peft", "luthier")
+DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 # Prompts that are answered one after another; all of them are answered at once.
 ONE_BY_ONE = 8
 
 Ids = list[list[int]]
+# Answers one after another, answers all at once, and what there is to tell of it afterwards.
+Ways = tuple[Callable[[Ids], Ids], Callable[[Ids], Ids], Callable[[], dict[str, Any]]]
 
 
 def main(given: list[str] | None = None) -> int:
@@ -41,6 +47,7 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", choices=DTYPES, default="cpu", help="cpu computes in fp32, cuda in bf16")
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "luthier-bench", metavar="FOLDER")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
@@ -52,10 +59,10 @@ def main(given: list[str] | None = None) -> int:
         prepare(chosen.shape, chosen.prompts, work / "models" / chosen.shape, job)
         return 0
     if chosen.contender:
-        answer(chosen.contender, job, chosen.new_tokens)
+        answer(chosen.contender, job, chosen.new_tokens, chosen.device)
         return 0
     options = ["--shape", chosen.shape, "--prompts", str(chosen.prompts), "--new-tokens", str(chosen.new_tokens)]
-    options += ["--work", str(work)]
+    options += ["--work", str(work), "--device", chosen.device]
     job.mkdir(parents=True, exist_ok=True)
     if in_own_process(["--prepare", *options], job) is None:
         return 1
@@ -72,6 +79,7 @@ def main(given: list[str] | None = None) -> int:
     result = {
         "benchmark": "generate",
         "shape": chosen.shape,
+        "device": chosen.device,
         "date": datetime.now(UTC).isoformat(timespec="minutes"),
         "commit": machine.commit(),
         "hardware": machine.hardware(),
@@ -79,7 +87,7 @@ def main(given: list[str] | None = None) -> int:
         "new_tokens": chosen.new_tokens,
         "rounds": rounds,
     }
-    name = f"generate-cpu-{chosen.shape}-{result['date'][:10]}.json"
+    name = f"generate-{chosen.device}-{chosen.shape}-{result['date'][:10]}.json"
     chosen.results.mkdir(parents=True, exist_ok=True)
     (chosen.results / name).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(result))
@@ -90,8 +98,10 @@ def in_own_process(options: list[str], job: Path) -> dict[str, Any] | None:
     """Run this module with these options; None, and the log's end is shown, if it fails."""
     log = job / "log.txt"
     # How threads wait is left to everybody's own: a token is many small operations, and sleeping costs each of them.
-    waiting = {"OMP_WAIT_POLICY": "", "GOMP_SPINCOUNT": ""}
-    done = process.run(sys.executable, "bench.generate", options, scratch=job / "scratch", log=log, extra=waiting)
+    extra = {"OMP_WAIT_POLICY": "", "GOMP_SPINCOUNT": ""}
+    if "cuda" in options:
+        extra["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    done = process.run(sys.executable, "bench.generate", options, scratch=job / "scratch", log=log, extra=extra)
     if done.status:
         print(log.read_text(encoding="utf-8")[-3000:], file=sys.stderr)
         return None
@@ -128,12 +138,23 @@ def caption(result: dict[str, Any]) -> str:
     memory = " and ".join(f"{max(r[name]['peak_memory_gib'] for r in rounds):.2f}" for name in CONTENDERS[::-1])
     taken = max(r[name]["elsewhere"] or 0 for r in rounds for name in CONTENDERS)
     same = min(r["same_ids"] for r in rounds)
+    device, dtype, graphs = "", "fp32", ""
+    if on_gpu(result):
+        ours = rounds[-1]["luthier"]
+        device, dtype, found = f"{ours['gpu']}, ", "bf16", ours["graphs"]
+        graphs = f"; CUDA graphs: {found['captured']} steps captured, {found['replayed']} replayed"
+        if found["why_off"]:
+            graphs = f"; no CUDA graphs: {found['why_off']}"
     return (
-        f"{result['shape']}: {hardware['cpu']}, {hardware['cores']} cores; {result['date'][:10]}, commit "
+        f"{result['shape']}: {device}{hardware['cpu']}, {hardware['cores']} cores; {result['date'][:10]}, commit "
         f"{result['commit']}; {len(rounds)} rounds, {prompts['count']} prompts ({prompts['source']}), "
-        f"{result['new_tokens']} new tokens each, fp32; the same ids: {same} of {prompts['count']}; memory "
-        f"{memory} GiB; other programs had up to {taken:.0%} of the cores"
+        f"{result['new_tokens']} new tokens each, {dtype}; the same ids: {same} of {prompts['count']}; memory "
+        f"{memory} GiB; other programs had up to {taken:.0%} of the cores{graphs}"
     )
+
+
+def on_gpu(result: dict[str, Any]) -> bool:
+    return bool(result.get("device", "cpu") == "cuda")
 
 
 def table(result: dict[str, Any]) -> str:
@@ -146,8 +167,9 @@ def table(result: dict[str, Any]) -> str:
 
 
 def section(results: list[dict[str, Any]]) -> str:
-    """The part of docs/benchmarks.md: the newest result of each shape."""
-    newest = {result["shape"]: result for result in sorted(results, key=lambda result: result["date"])}
+    """The part of docs/benchmarks.md: the newest result of each shape, on a CPU and on a GPU."""
+    by_date = sorted(results, key=lambda result: result["date"])
+    newest = {(on_gpu(result), result["shape"]): result for result in by_date}
     if not newest:
         return ""
     parts = [
@@ -196,15 +218,15 @@ def prepare(shape: str, count: int, model: Path, job: Path) -> None:
     tokenizer.save_pretrained(job / "adapter")
 
 
-def answer(name: str, job: Path, new_tokens: int) -> None:
+def answer(name: str, job: Path, new_tokens: int, device: str) -> None:
     """Load, answer once unmeasured, then measured; writes NAME.json."""
     prompts: Ids = json.loads((job / "prompts.json").read_text(encoding="utf-8"))
-    one, many = {"peft": with_peft, "luthier": with_luthier}[name](job / "adapter", new_tokens)
+    one, many, told = {"peft": with_peft, "luthier": with_luthier}[name](job / "adapter", new_tokens, device)
     one(prompts[:1])
     many(prompts[:2])
     some, _ = measured(one, prompts[:ONE_BY_ONE])
     everything, ids = measured(many, prompts)
-    found = {"one_by_one": some, "at_once": everything, "ids": ids}
+    found = {"one_by_one": some, "at_once": everything, "ids": ids, **told()}
     (job / f"{name}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
@@ -215,41 +237,48 @@ def measured(answers: Callable[[Ids], Ids], prompts: Ids) -> tuple[dict[str, flo
     return {"seconds": seconds, "cpu_seconds": used, "tokens": sum(map(len, ids))}, ids
 
 
-def with_peft(adapter: Path, new_tokens: int) -> tuple[Callable[[Ids], Ids], Callable[[Ids], Ids]]:
+def with_peft(adapter: Path, new_tokens: int, device: str) -> Ways:
     """As its users do: the adapter beside its base, prompts padded on the left."""
     import torch
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoTokenizer
 
-    model: Any = AutoPeftModelForCausalLM.from_pretrained(adapter).eval()
+    dtype = getattr(torch, DTYPES[device])
+    model: Any = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=dtype).to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(adapter, padding_side="left")
     model.generation_config.eos_token_id = None  # for everybody the same number of tokens
     settings = {"max_new_tokens": new_tokens, "do_sample": False}
 
     def many(prompts: Ids) -> Ids:
-        padded = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
+        padded = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(device)
         with torch.no_grad():
             out = model.generate(**padded, **settings, pad_token_id=tokenizer.pad_token_id)
         return [row.tolist() for row in out[:, padded["input_ids"].shape[1] :]]
 
-    return lambda prompts: [many([prompt])[0] for prompt in prompts], many
+    return lambda prompts: [many([prompt])[0] for prompt in prompts], many, dict
 
 
-def with_luthier(adapter: Path, new_tokens: int) -> tuple[Callable[[Ids], Ids], Callable[[Ids], Ids]]:
+def with_luthier(adapter: Path, new_tokens: int, device: str) -> Ways:
     import torch
 
+    from luthier.generate import graphs
     from luthier.generate.engine import Engine
     from luthier.generate.sampling import Sampling
     from luthier.models.assemble import open_for_inference
 
-    # In the dtype that PEFT opens the files in.
-    model, tokenizer, _ = open_for_inference(str(adapter), dtype=torch.float32)
+    dtype = getattr(torch, DTYPES[device])
+    model, tokenizer, _ = open_for_inference(str(adapter), device=torch.device(device), dtype=dtype)
     engine, sampling = Engine(model, tokenizer, []), Sampling(max_new_tokens=new_tokens, do_sample=False)
 
     def many(prompts: Ids) -> Ids:
         return [completion.token_ids for completion in engine.generate(prompts, sampling)]
 
-    return lambda prompts: [many([prompt])[0] for prompt in prompts], many
+    def told() -> dict[str, Any]:
+        if device == "cpu":
+            return {}
+        return {"gpu": torch.cuda.get_device_name(), "graphs": asdict(graphs.state_of(model))}
+
+    return lambda prompts: [many([prompt])[0] for prompt in prompts], many, told
 
 
 if __name__ == "__main__":

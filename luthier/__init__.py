@@ -26,11 +26,20 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 if TYPE_CHECKING:
-    from luthier.api.arguments import DPOConfig, ORPOConfig, SFTConfig, TrainingArguments
+    from luthier.api.arguments import (
+        CPOConfig,
+        DPOConfig,
+        KTOConfig,
+        ORPOConfig,
+        SFTConfig,
+        TrainingArguments,
+    )
     from luthier.api.devices import is_bfloat16_supported
     from luthier.api.loaded import Loaded, load
     from luthier.api.models import FastLanguageModel
-    from luthier.api.trainers import DPOTrainer, ORPOTrainer, SFTTrainer
+    from luthier.api.preference_trainers import CPOTrainer, DPOTrainer, KTOTrainer, ORPOTrainer
+    from luthier.api.responses import get_chat_template, train_on_responses_only
+    from luthier.api.trainers import SFTTrainer
     from luthier.config import Config
     from luthier.train import train_from as train
     from luthier.train.run import RunResult
@@ -40,43 +49,48 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Config": "luthier.config",
+    "CPOConfig": "luthier.api.arguments",
+    "CPOTrainer": "luthier.api.preference_trainers",
     "DPOConfig": "luthier.api.arguments",
-    "DPOTrainer": "luthier.api.trainers",
+    "DPOTrainer": "luthier.api.preference_trainers",
     "FastLanguageModel": "luthier.api.models",
+    "KTOConfig": "luthier.api.arguments",
+    "KTOTrainer": "luthier.api.preference_trainers",
     "Loaded": "luthier.api.loaded",
     "ORPOConfig": "luthier.api.arguments",
-    "ORPOTrainer": "luthier.api.trainers",
+    "ORPOTrainer": "luthier.api.preference_trainers",
     "RunResult": "luthier.train.run",
     "SFTConfig": "luthier.api.arguments",
     "SFTTrainer": "luthier.api.trainers",
     "TrainingArguments": "luthier.api.arguments",
+    "get_chat_template": "luthier.api.responses",
     "is_bfloat16_supported": "luthier.api.devices",
     "load": "luthier.api.loaded",
+    "train_on_responses_only": "luthier.api.responses",
 }
 # Names of Unsloth and TRL that notebooks import and that are not here, and what to write instead.
 _ELSEWHERE = {
-    "CPOTrainer": 'luthier.train({..., "rl": "simpo"})',
     "DataCollatorForCompletionOnlyLM": "rows of `prompt` and `completion`, or SFTConfig(assistant_only_loss=True)",
     "FastModel": "FastLanguageModel",
     "FastVisionModel": "FastLanguageModel; only text is trained",
     "GRPOTrainer": "luthier.SFTTrainer, ORPOTrainer or DPOTrainer; there is no training with rewards",
-    "KTOTrainer": 'luthier.train({..., "rl": "kto"})',
-    "KTOConfig": 'luthier.train({..., "rl": "kto"})',
     "UnslothTrainer": "SFTTrainer",
     "UnslothTrainingArguments": "SFTConfig",
     "PatchDPOTrainer": "nothing: no other library is patched; leave it out",
-    "get_chat_template": "tokenizer.chat_template = ..., or `chat_template: chatml` in a config",
     "to_sharegpt": "rows of `messages`, made by dataset.map",
     "standardize_sharegpt": "nothing: rows of `conversations` with from and value are read as they are",
-    "setup_chat_format": "tokenizer.chat_template = ..., or `chat_template: chatml` in a config",
-    "train_on_responses_only": "rows of `messages` and SFTConfig(assistant_only_loss=True)",
+    "setup_chat_format": "get_chat_template(tokenizer, \"chatml\"), or `chat_template: chatml` in a config",
     "unsloth_train": "trainer.train()",
 }
 __all__ = [
+    "CPOConfig",
+    "CPOTrainer",
     "Config",
     "DPOConfig",
     "DPOTrainer",
     "FastLanguageModel",
+    "KTOConfig",
+    "KTOTrainer",
     "Loaded",
     "ORPOConfig",
     "ORPOTrainer",
@@ -85,10 +99,12 @@ __all__ = [
     "SFTTrainer",
     "TrainingArguments",
     "__version__",
+    "get_chat_template",
     "is_bfloat16_supported",
     "load",
     "run",
     "train",
+    "train_on_responses_only",
 ]
 
 

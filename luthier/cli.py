@@ -13,11 +13,11 @@ import importlib
 import logging
 import os
 import sys
+import textwrap
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import luthier
@@ -35,7 +35,10 @@ class Verb:
 
 
 VERBS: dict[str, Verb] = {
-    "train": Verb("luthier.train.run:command", "Train what a config says.", takes_overrides=True),
+    "train": Verb("luthier.launch.command:command", "Train what a config says.", takes_overrides=True),
+    "launch": Verb(
+        "luthier.launch.kubernetes.command:command", "Run a config as a Kubernetes Job.", takes_overrides=True
+    ),
     "preview": Verb(
         "luthier.data.preview:preview", "Show rows as they will be trained.", takes_overrides=True
     ),
@@ -64,7 +67,7 @@ VERBS: dict[str, Verb] = {
 
 _PATIENCE_SECONDS = 3.0
 
-TRAIN_USAGE = "luthier train CONFIG [KEY=VALUE | --KEY VALUE]... [--debug]"
+TRAIN_USAGE = "luthier train CONFIG [KEY=VALUE | --KEY VALUE]... [OPTIONS]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,31 +90,36 @@ def _dispatch(arguments: list[str], debug: bool) -> int:
     if name not in VERBS:
         _say(f"error: {_unknown(name)}")
         return 2
-    if name == "train":
-        return _train(rest)
+    if name == "train" and (not rest or "--help" in rest or "-h" in rest):
+        return _train_help(asked=bool(rest))
     return _run_verb(name, rest, debug)
 
 
-def _train(arguments: list[str]) -> int:
-    """`luthier train`: help and mistakes in the config are there at once, before torch is imported."""
-    if "--help" in arguments or "-h" in arguments:
-        from luthier.config.reference import help_text
-
-        print(
-            f"Usage: {TRAIN_USAGE}\n\nTrain what a config says: a YAML file with the keys below. Each can be"
-        )
-        print("overridden here, and `datasets.0.path=data.jsonl` reaches inside.\n")
-        print(help_text())
-        return 0
-    if not arguments:
+def _train_help(asked: bool) -> int:
+    """The help of `luthier train`, which lists the keys of the config; a line of it where no config was given."""
+    if not asked:
         _say(f"error: a config is missing: {TRAIN_USAGE}")
         return 2
-    from luthier.config import Config
+    from luthier.config.reference import help_text
 
-    config, *overrides = arguments
-    Config.load(config, overrides)
-    _function(VERBS["train"])(config=Path(config), overrides=overrides)
+    print(f"Usage: {TRAIN_USAGE}\n\nTrain what a config says: a YAML file with the keys below. Each can be")
+    print("overridden here, and `datasets.0.path=data.jsonl` reaches inside.\n\nOptions")
+    for names, text in _options_of(_function(VERBS["train"])):
+        print("\n".join([f"  {names}", *textwrap.wrap(text, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)]))
+    print(f"  --debug\n      Show tracebacks.\n\n{help_text()}")
     return 0
+
+
+def _options_of(function: Callable[..., Any]) -> Iterator[tuple[str, str]]:
+    """Name with metavar, and help, of each option of a verb."""
+    import typer
+
+    app = typer.Typer(add_completion=False)
+    app.command()(function)
+    for each in typer.main.get_command(app).params:
+        if each.param_type_name == "option" and "--help" not in each.opts:
+            metavar, text = (getattr(each, name, None) or "" for name in ("metavar", "help"))
+            yield f"{', '.join(each.opts)} {metavar}".rstrip(), text
 
 
 def _run_verb(name: str, arguments: list[str], debug: bool) -> int:
@@ -131,11 +139,28 @@ def _run_verb(name: str, arguments: list[str], debug: bool) -> int:
             raise SystemExit(status)
 
     app.command(context_settings=settings, epilog="--debug shows tracebacks.")(shielded)
+    command = typer.main.get_command(app)
+    if verb.takes_overrides:
+        taking = {name for each in command.params if not getattr(each, "is_flag", True) for name in each.opts}
+        arguments = [as_option(argument, taking) for argument in arguments]
     try:
-        typer.main.get_command(app).main(args=arguments, prog_name=f"luthier {name}")
+        command.main(args=arguments, prog_name=f"luthier {name}")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
+
+
+def as_option(argument: str, options: Collection[str]) -> str:
+    """One of the verb's own options that is written as keys of the config are (`--num_processes 2`,
+    `num_processes=2`), as typer knows it; any other argument as it is. A key goes before an option."""
+    name, equals, value = argument.partition("=")
+    key = name.removeprefix("--").replace("-", "_")
+    option = f"--{key.replace('_', '-')}"
+    if option not in options or not (name.startswith("--") or (equals and not name.startswith("-"))):
+        return argument
+    from luthier.config.schema import FIELDS
+
+    return argument if key in FIELDS else f"{option}{equals}{value}"
 
 
 def _function(verb: Verb) -> Callable[..., Any]:
@@ -149,12 +174,6 @@ def _shielded(call: Callable[[], Any], debug: bool) -> int:
     try:
         status = call()
         sys.stdout.flush()
-    except LuthierError as error:
-        if debug:
-            traceback.print_exc()
-        _let_the_first_speak()
-        _say(f"error: {_rank()}{error}")
-        return error.exit_status
     except KeyboardInterrupt:
         if debug:
             traceback.print_exc()
@@ -164,26 +183,31 @@ def _shielded(call: Callable[[], Any], debug: bool) -> int:
         # Whoever read our output has had enough (`| head`); Python must not complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except OSError as error:
-        # The system refuses: a full disk, a folder without permission. The modules name the common cases
-        # better.
-        if debug:
-            traceback.print_exc()
-        where = f"{error.filename}: " if error.filename else ""
-        _say(f"error: {_rank()}{where}{error.strerror or error}" + ("" if debug else " (--debug shows where)"))
-        return 1
     except Exception as error:
         if debug:
             traceback.print_exc()
-        _let_the_first_speak()
-        kind = type(error).__name__
-        again = "" if debug else " (run again with --debug and report it)"
-        _say(f"internal error: {_rank()}{kind}: {error}{again}")
-        return 1
+        if not isinstance(error, OSError):
+            _let_the_first_speak()
+        heading, text, status = explained(error, debug)
+        _say(f"{heading}: {_rank()}{text}")
+        return status
     return status if isinstance(status, int) else 0
 
 
-class _Plain(logging.Formatter):
+def explained(error: BaseException, debug: bool) -> tuple[str, str, int]:
+    """An error as a message: "error" or "internal error", the text, and the exit status."""
+    if isinstance(error, LuthierError):
+        return "error", str(error), error.exit_status
+    if isinstance(error, OSError):
+        # The system refuses: a full disk, a folder without permission. The modules name the common cases
+        # better.
+        where = f"{error.filename}: " if error.filename else ""
+        return "error", f"{where}{error.strerror or error}" + ("" if debug else " (--debug shows where)"), 1
+    again = "" if debug else " (run again with --debug and report it)"
+    return "internal error", f"{type(error).__name__}: {error}{again}", 1
+
+
+class Plain(logging.Formatter):
     """The message alone; what is worse than information begins with its level."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -197,7 +221,7 @@ def _messages() -> Iterator[None]:
     logger = logging.getLogger("luthier")
     before = (logger.level, logger.propagate)
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Plain("%(message)s"))
+    handler.setFormatter(Plain("%(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False

@@ -19,6 +19,8 @@ from luthier.cli import VERBS, Verb
 from luthier.errors import ConfigError
 
 SHELLS = ("bash", "zsh", "fish")
+FIRST_WORDS = {"completion": SHELLS, "launch": ("kubernetes",)}
+"""Of verbs whose first argument is one of a few words; a config, where they take one, comes behind it."""
 EVERYWHERE = {"--help": "Show the help of the verb.", "--debug": "Show the traceback of an error."}
 OF_PROGRAM = {"--help": "Show the help.", "--version": "Show the version.", "--debug": EVERYWHERE["--debug"]}
 
@@ -111,13 +113,14 @@ def _text(node: ast.expr) -> str:
 
 def bash(verbs: dict[str, Options]) -> str:
     cases = "".join(
-        f"        {name}) options={shlex.quote(' '.join(options))}; configs={int(VERBS[name].takes_overrides)} ;;\n"
+        f"        {name}) options={shlex.quote(' '.join(options))}; configs={_config_at(name)}; "
+        f"first={shlex.quote(' '.join(FIRST_WORDS.get(name, ())))} ;;\n"
         for name, options in verbs.items()
     )
     return f"""\
 # Completion of luthier in bash: eval "$(luthier completion bash)"
 _luthier() {{
-    local cur=${{COMP_WORDS[COMP_CWORD]}} options='' configs=0 file at=1
+    local cur=${{COMP_WORDS[COMP_CWORD]}} options='' first='' configs=0 file at=1
     COMPREPLY=()
     if [[ ${{COMP_WORDS[1]}} == --debug ]] && ((COMP_CWORD > 1)); then at=2; fi
     if ((COMP_CWORD == at)); then
@@ -128,9 +131,9 @@ _luthier() {{
 {cases}    esac
     if [[ $cur == -* ]]; then
         COMPREPLY=($(compgen -W "$options" -- "$cur"))
-    elif [[ ${{COMP_WORDS[at]}} == completion ]]; then
-        COMPREPLY=($(compgen -W {shlex.quote(" ".join(SHELLS))} -- "$cur"))
-    elif ((configs && COMP_CWORD == at + 1)); then
+    elif [[ $first ]] && ((COMP_CWORD == at + 1)); then
+        COMPREPLY=($(compgen -W "$first" -- "$cur"))
+    elif ((configs && COMP_CWORD == at + configs)); then
         while IFS= read -r file; do
             if [[ -d $file || $file == *.yml || $file == *.yaml ]]; then COMPREPLY+=("$file"); fi
         done < <(compgen -f -- "$cur")
@@ -145,7 +148,8 @@ def zsh(verbs: dict[str, Options]) -> str:
         return " ".join(_quoted(f"{word}:{text}") for word, text in words.items())
 
     cases = "".join(
-        f"        {name}) options=({described(options)}); configs={int(VERBS[name].takes_overrides)} ;;\n"
+        f"        {name}) options=({described(options)}); configs={_config_at(name)}; "
+        f"first=({' '.join(FIRST_WORDS.get(name, ()))}) ;;\n"
         for name, options in verbs.items()
     )
     first = {**{name: verb.help for name, verb in VERBS.items()}, **OF_PROGRAM}
@@ -153,7 +157,7 @@ def zsh(verbs: dict[str, Options]) -> str:
 #compdef luthier
 # Completion of luthier in zsh: eval "$(luthier completion zsh)", behind compinit
 _luthier() {{
-    local -a words_here options
+    local -a words_here options first
     local configs=0
     if [[ $words[2] == --debug ]] && ((CURRENT > 2)); then shift words; ((CURRENT--)); fi
     if ((CURRENT == 2)); then
@@ -165,9 +169,9 @@ _luthier() {{
 {cases}    esac
     if [[ $words[CURRENT] == -* ]]; then
         _describe -o option options
-    elif [[ $words[2] == completion ]]; then
-        compadd {" ".join(SHELLS)}
-    elif ((configs && CURRENT == 3)); then
+    elif (($#first && CURRENT == 3)); then
+        compadd -a first
+    elif ((configs && CURRENT == configs + 2)); then
         _files -g '*.(yml|yaml)'
     else
         _files
@@ -197,7 +201,17 @@ def _fish_lines(verbs: dict[str, Options]) -> Iterator[str]:
             yield f"{there} {'-l' if option.startswith('--') else '-s'} {option.lstrip('-')} -d {_quoted(text)}"
         if VERBS[name].takes_overrides:
             yield f"{there} -k -f -a '(__fish_complete_suffix .yml .yaml)'"
-    yield f"complete -c luthier -n '__fish_seen_subcommand_from completion' -f -a '{' '.join(SHELLS)}'"
+    for name, words in FIRST_WORDS.items():
+        yield f"complete -c luthier -n '__fish_seen_subcommand_from {name}' {_no_files(name)}-a '{' '.join(words)}'"
+
+
+def _no_files(name: str) -> str:
+    return "" if VERBS[name].takes_overrides else "-f "
+
+
+def _config_at(name: str) -> int:
+    """Which of a verb's arguments is a config, from 1; 0: none."""
+    return int(VERBS[name].takes_overrides) and 1 + (name in FIRST_WORDS)
 
 
 def _quoted(text: str) -> str:

@@ -33,6 +33,10 @@ class RunError(LuthierError):
     """A run cannot start, go on, or write what it made."""
 
 
+class ProcessLost(RunError):
+    """Another process of the run is gone: the consequence of an error that is told where it happened."""
+
+
 def cannot_load(what: str, name: str, error: Exception) -> ModelError:
     """One message for the many ways in which transformers says that something cannot be loaded.
 

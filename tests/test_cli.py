@@ -112,18 +112,49 @@ def test_config_schema(capfd):
 
 def test_train_is_called_with_config_and_overrides(verb, config):
     calls = []
-    verb("train", lambda config, overrides: calls.append((config, overrides)))
+
+    def command(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+        calls.append((config, overrides))
+
+    verb("train", command)
     assert cli.main(["train", config, "--seed", "3", "lora_r=4", "adapter=lora", "--debug"]) == 0
     assert calls == [(Path(config), ["--seed", "3", "lora_r=4", "adapter=lora"])]
 
 
-def test_train_reports_a_wrong_config_before_it_imports_anything(monkeypatch, config, capfd):
-    monkeypatch.setitem(cli.VERBS, "train", cli.Verb("no_such_module:command", "Help."))
-    assert cli.main(["train", config, "lora_rr=3"]) == 2
-    assert (
-        capfd.readouterr().err
-        == "error: command line: lora_rr is not a key of the config. Did you mean lora_r?\n"
+def test_train_reports_what_is_wrong_before_it_imports_torch(config):
+    code = (
+        "import sys; from luthier.cli import main\n"
+        "for wrong in ['lora_rr=3'], ['--nnodes', '2'], ['--num-processes', 'two']:\n"
+        f"    print(main(['train', {config!r}, *wrong]))\n"
+        "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == ["2", "2", "2", "[]"]
+    assert "error: command line: lora_rr is not a key of the config. Did you mean lora_r?\n" in done.stderr
+    assert "--rdzv-endpoint HOST:PORT" in done.stderr and "Invalid value for '--num-processes'" in done.stderr
+
+
+@pytest.mark.parametrize("written", [["--rows", "5"], ["--rows=5"], ["rows=5"]])
+@pytest.mark.parametrize("name", ["max-rows", "max_rows"])
+def test_an_option_may_be_written_as_a_key_is(verb, config, written, name):
+    calls = []
+
+    def command(
+        config: ConfigArgument, overrides: OverridesArgument = None, max_rows: Annotated[int, typer.Option()] = 3
+    ) -> None:
+        calls.append((overrides, max_rows))
+
+    verb("preview", command)
+    arguments = [each.replace("rows", name) for each in written]
+    assert cli.main(["preview", config, "max_steps=5", *arguments, "--seed", "1"]) == 0
+    assert calls == [(["max_steps=5", "--seed", "1"], 5)]
+
+
+def test_a_key_of_the_config_goes_before_an_option_of_its_name():
+    assert cli.as_option("--lora_r", {"--lora-r"}) == "--lora_r"
+    assert cli.as_option("num_rows=1", {"--num-rows"}) == "--num-rows=1"
+    for other in ("num_rows", "-num_rows", "a num_rows=1", "--other"):
+        assert cli.as_option(other, {"--num-rows"}) == other
 
 
 def test_other_verbs_pass_overrides_through(verb, config):
@@ -186,7 +217,7 @@ def test_status_of_a_verb_is_the_status_of_the_process(verb, config):
 
 
 def test_messages_go_to_standard_error(verb, config, capfd):
-    def logs(config: Path, overrides: list[str]) -> None:
+    def logs(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
         logging.getLogger("luthier").info("20 steps")
         logging.getLogger("luthier.data").warning("3 rows dropped")
         logging.getLogger("other").info("not ours")

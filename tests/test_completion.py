@@ -73,6 +73,10 @@ def test_bash_completes(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> No
     assert in_bash(text, ["luthier", "completion", "z"], tmp_path) == ["zsh"]
     assert in_bash(text, ["luthier", "--debug", "completion", "z"], tmp_path) == ["zsh"]
     assert in_bash(text, ["luthier", "--debug", "tr"], tmp_path) == ["train"]
+    # Where to launch, and the config behind it.
+    assert in_bash(text, ["luthier", "launch", "k"], tmp_path) == ["kubernetes"]
+    assert "cfg.yml" in in_bash(text, ["luthier", "launch", "kubernetes", "cfg"], tmp_path)
+    assert in_bash(text, ["luthier", "launch", "kubernetes", "cfg.yml", "--pri"], tmp_path) == ["--priority-class"]
     # A config first, or a folder with one, whatever its name; then, and for other verbs, bash's own files.
     offered = in_bash(text, ["luthier", "plan", "cfg"], tmp_path)
     assert sorted(offered) == ["cfg", "cfg.yaml", "cfg.yml", "cfgs", "one.yml"]

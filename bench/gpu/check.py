@@ -11,7 +11,7 @@ from bench import process
 from bench.environments import ROOT
 
 # What runs in Triton on a GPU, and the tests that need one.
-ARGUMENTS = ["tests/kernels", "tests/models/test_gpu.py", "tests/train/test_gpu.py"]
+ARGUMENTS = ["tests/kernels", "tests/generate/test_gpu.py", "tests/models/test_gpu.py", "tests/train/test_gpu.py"]
 CHOSEN = "triton or gpu"
 
 

@@ -1,4 +1,4 @@
-"""`SFTConfig`, `ORPOConfig`, `DPOConfig`: TRL's names and defaults on transformers' own TrainingArguments.
+"""`SFTConfig`, `ORPOConfig` and their kin: TRL's names and defaults on transformers' own TrainingArguments.
 
 Names that transformers and TRL have given up since (`evaluation_strategy`, `max_seq_length`, `overwrite_output_dir`)
 are taken as what they are called now. A precision that this machine lacks is turned off with one message, before
@@ -128,6 +128,27 @@ class _DPO(_Pairs):
     force_use_ref_model: bool = False
 
 
+@dataclass
+class _KTO(_Pairs):
+    loss_type: str = "kto"
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+    precompute_ref_log_probs: bool = False
+    precompute_ref_batch_size: int | None = None
+    sync_ref_model: bool = False
+    ref_model_mixup_alpha: float = 0.6
+    ref_model_sync_steps: int = 512
+
+
+@dataclass
+class _CPO(_Pairs):
+    loss_type: str = "sigmoid"
+    label_smoothing: float = 0.0
+    cpo_alpha: float = 1.0
+    simpo_gamma: float = 0.5
+    alpha: float = 0.0
+
+
 def _accepted(cls: Any, values: dict[str, Any]) -> dict[str, Any]:
     """Arguments by today's names, without a precision that would not be computed in.
 
@@ -182,6 +203,14 @@ class ORPOConfig(_Door, _ORPO):
 
 class DPOConfig(_Door, _DPO):
     """Arguments of `DPOTrainer`."""
+
+
+class KTOConfig(_Door, _KTO):
+    """Arguments of `KTOTrainer`."""
+
+
+class CPOConfig(_Door, _CPO):
+    """Arguments of `CPOTrainer`."""
 
 
 class TrainingArguments(_Door, _Plain):

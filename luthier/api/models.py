@@ -66,7 +66,7 @@ class Notes:
     """What the doors remember of a model: from_pretrained's arguments that only its training needs."""
 
     loading: Config
-    run: Config | None = None  # of the last training
+    run: Config | None = None  # of the last training, here or before
     max_seq_length: int | None = None
     checkpointing: bool | str | None = None
 
@@ -142,7 +142,11 @@ class FastLanguageModel:
         device = choose_device(config.model.device_map)
         tokenizer = load_tokenizer(config)
         model = read_on_cpu(load_model(config, tokenizer, device, choose_dtype(config, device)))
-        model.luthier_notes = Notes(config, None, max_seq_length, use_gradient_checkpointing)
+        run = None
+        if found.run is not None and found.is_adapter:  # in whose format it answers, as it is loaded now
+            keys = {key: values[key] for key in ("base_model", "adapter", "load_in_4bit", "load_in_8bit")}
+            run = found.run.replace("from_pretrained", **keys) if keys["adapter"] else None
+        model.luthier_notes = Notes(config, run, max_seq_length, use_gradient_checkpointing)
         become(model, Model)
         if found.is_adapter:
             log.info("%s is an adapter: it is loaded onto its base, %s", model_name, found.base)

@@ -190,6 +190,20 @@ def preference_rows(dataset: Any, name: str) -> GivenRows:
     return GivenRows(dataset, Kind({}, ("prompt", "chosen", "rejected", "tools")), name)
 
 
+def labelled_rows(dataset: Any, name: str) -> GivenRows:
+    """Answers with a label: `completion` and `label`, or pairs, of which each is two of them."""
+    first = _first(dataset, name)
+    if "label" not in first and "chosen" in first:
+        return preference_rows(dataset, name)
+    missing = [column for column in ("completion", "label") if column not in first]
+    if missing:
+        raise DataError(
+            f"{name} has the columns {', '.join(first)}, and no {' and no '.join(missing)}: an answer is `prompt`, "
+            "`completion` and `label` (true: desirable)"
+        )
+    return GivenRows(dataset, Kind({}, ("prompt", "completion", "label", "tools")), name)
+
+
 def _first(dataset: Any, name: str) -> Row:
     return next(iter(rows_of(dataset, name)))
 

@@ -6,6 +6,7 @@ A model in memory is first written as an adapter with its tokenizer (or, without
 
 from __future__ import annotations
 
+import json
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from peft import PeftModel
 from luthier.api.devices import Added, check_device
 from luthier.api.said import say_once
 from luthier.errors import ConfigError, ModelError
+from luthier.export.folder import RECORD
 from luthier.export.save import export
 
 log = logging.getLogger("luthier")
@@ -77,9 +79,10 @@ class Model(Added):
                 )
             _write(self, folder, tokenizer)
             return
-        with as_folder(self, tokenizer) as source:
+        with as_folder(self, tokenizer, folder.resolve().name) as source:
             to = "merged" if method == "merged_16bit" else "merged-4bit"
             export(str(source), to, output=str(folder), overwrite=True)
+            _rename_in_record(folder / RECORD, source)
 
     def save_pretrained_gguf(
         self,
@@ -102,7 +105,7 @@ class Model(Added):
         methods = [_quant(method) for method in ([asked] if isinstance(asked, str) else asked)]
         folder = Path(save_directory).expanduser()
         files = [folder / f"{folder.resolve().name}-{method}.gguf" for method in methods]
-        with as_folder(self, tokenizer) as source:
+        with as_folder(self, tokenizer, folder.resolve().name) as source:
             for method, file in zip(methods, files, strict=True):
                 export(str(source), "gguf", quant=method, output=str(file), overwrite=True)
         return files
@@ -133,12 +136,16 @@ class Model(Added):
 
 
 @contextmanager
-def as_folder(model: Any, tokenizer: Any) -> Iterator[Path]:
-    """The model as `luthier.export` reads it: an adapter with its tokenizer and what its base was loaded with."""
+def as_folder(model: Any, tokenizer: Any, name: str) -> Iterator[Path]:
+    """The model as `luthier.export` reads it: an adapter with its tokenizer and what its base was loaded with.
+
+    Args:
+        name: of the folder, and with it of the model in what is written.
+    """
     with tempfile.TemporaryDirectory(prefix="luthier-") as place:
-        folder = Path(place) / "model"
+        folder = Path(place) / (name or "model")
         _write(model, folder, tokenizer)
-        if _has_adapter(model) and (config := _config_of(model)) is not None:
+        if _has_adapter(model) and (config := _config_of(model, tokenizer)) is not None:
             (folder / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
         yield folder
 
@@ -156,9 +163,18 @@ def _has_adapter(model: Any) -> bool:
     return isinstance(model, PeftModel)
 
 
-def _config_of(model: Any) -> Any:
+def _rename_in_record(record: Path, source: Path) -> None:
+    """The adapter came from memory; the folder that it went through is gone."""
+    text = record.read_text(encoding="utf-8")
+    record.write_text(text.replace(json.dumps(str(source)), '"the adapter in memory"'), encoding="utf-8")
+
+
+def _config_of(model: Any, tokenizer: Any) -> Any:
     notes = getattr(model.get_base_model(), "luthier_notes", None)
-    return None if notes is None else notes.run or notes.loading
+    if notes is None or notes.run is not None:
+        return None if notes is None else notes.run
+    kind = "chat_template" if getattr(tokenizer, "chat_template", None) else "completion"
+    return notes.loading.replace("saving", datasets=[{"path": "none", "type": kind}])
 
 
 def _push(model: Any, repo_id: str, tokenizer: Any, **options: Any) -> str:

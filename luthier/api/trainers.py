@@ -1,4 +1,4 @@
-"""`SFTTrainer`, `ORPOTrainer`, `DPOTrainer`: TRL's names and arguments before Luthier's own training.
+"""TRL's trainers: their names and arguments before Luthier's own training; `SFTTrainer`, and what all have in common.
 
 A trainer makes a Config of what it is given (`trainer.config`; `luthier train` would run it) and a run of the model
 that it holds. Everything that a run leaves is in its folder: report, metrics, checkpoints, the adapter.
@@ -17,7 +17,7 @@ from peft import PeftModel
 from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from luthier.api.arguments import DPOConfig, ORPOConfig, SFTConfig
+from luthier.api.arguments import SFTConfig
 from luthier.api.callbacks import Reporter, checked, early_stopping
 from luthier.api.evaluate import evaluate_rows
 from luthier.api.folders import GIVEN, ROWS, TOKENIZER, folder_to_resume, new_folder
@@ -37,6 +37,7 @@ from luthier.api.rows import GivenRows, preference_rows, sft_rows
 from luthier.api.said import say_once, speak
 from luthier.api.translate import keys_of, precision_keys
 from luthier.config import Config
+from luthier.config.preference import has_reference
 from luthier.errors import ConfigError, ModelError, RunError
 from luthier.models.adapter_files import adapter_tensors, read_adapter_tensors
 from luthier.models.load import embeddings_of
@@ -49,11 +50,13 @@ log = logging.getLogger("luthier")
 LENGTH = 1024
 
 
-class _Trainer:
+class Trainer:
     """What the trainers have in common."""
 
     arguments: ClassVar[type] = SFTConfig
     rl: ClassVar[str | None] = None
+    _trained = False
+    _start: dict[str, Any] | None = None  # the adapter as the last training began
 
     def __init__(
         self,
@@ -145,6 +148,7 @@ class _Trainer:
         began, model = time.perf_counter(), self.model
         say_new_tokens(model, self.config)
         values = adapter_values(model) if isinstance(model, PeftModel) else None
+        self._trained, self._start = True, values
         self._reporter.restart(self.output_dir)
         was_training = model.training
         with without_adapter(model) as inner:
@@ -184,11 +188,16 @@ class _Trainer:
         return TrainOutput(state.step, loss, metrics)
 
     def evaluate(self, eval_dataset: Any = None, metric_key_prefix: str = "eval", **others: Any) -> dict[str, float]:
-        """Loss, perplexity and accuracy of the model as it stands, over `eval_dataset` or another dataset."""
-        if self.rl is not None:
+        """The figures of the model as it stands, over `eval_dataset` or another dataset: those of an evaluation of the
+        run. The reference is that of the last `train()`, and before one the model itself.
+
+        Raises:
+            RunError: a reference is needed, and was the model's own weights before they were trained.
+        """
+        if has_reference(self.rl) and self._trained and self._start is None:
             raise RunError(
-                f"{type(self).__name__}.evaluate: pairs are compared with the run's reference, while it runs: give "
-                'eval_dataset and eval_strategy="steps"; afterwards `luthier evaluate RUN --data FILE` does it'
+                f"{type(self).__name__}.evaluate: without an adapter the reference was the model before training, and "
+                'is not kept: give eval_strategy="steps", or use `luthier evaluate RUN --data FILE --compare base`'
             )
         rows = self._eval_rows if eval_dataset is None else self._rows_of(eval_dataset, "eval_dataset")
         if rows is None:
@@ -196,7 +205,8 @@ class _Trainer:
         began = time.perf_counter()
         values = adapter_values(self.model) if isinstance(self.model, PeftModel) else None
         with without_adapter(self.model) as inner:
-            found = evaluate_rows(self.config, rows, self.processing_class, inner, values)
+            start = self._start if has_reference(self.rl) else None
+            found = evaluate_rows(self.config, rows, self.processing_class, inner, values, start)
         figures = {f"{metric_key_prefix}_{name.removeprefix('eval_')}": value for name, value in found.items()}
         figures[f"{metric_key_prefix}_runtime"] = time.perf_counter() - began
         self.state.log_history.append({**figures, "epoch": self.state.epoch or 0.0, "step": self.state.global_step})
@@ -293,8 +303,10 @@ class _Trainer:
             raise RunError(f"output_dir: {folder} cannot be written: {error.strerror or error}") from error
 
 
-class SFTTrainer(_Trainer):
+class SFTTrainer(Trainer):
     """Supervised fine-tuning with TRL's arguments, those of its older versions and Unsloth's among them."""
+
+    _changes: tuple[Callable[[GivenRows], GivenRows], ...] = ()
 
     def __init__(
         self,
@@ -318,8 +330,17 @@ class SFTTrainer(_Trainer):
             raise ConfigError(f'SFTConfig: loss_type="{loss}" is not built here; write loss_type="nll"')
         super().__init__(model, args, **others)
 
+    def change_rows(self, change: Callable[[GivenRows], GivenRows]) -> None:
+        """Have what rows become changed, those of later evaluations too; see `train_on_responses_only`."""
+        rows = change(self._rows_of(self.train_dataset, "train_dataset"))
+        self._changes = (*self._changes, change)
+        self._rows = rows
+        if self.eval_dataset is not None:
+            self._eval_rows = self._rows_of(self.eval_dataset, "eval_dataset")
+        self.config = self._config(self.output_dir)
+
     def _rows_of(self, dataset: Any, name: str) -> GivenRows:
-        return sft_rows(
+        rows = sft_rows(
             dataset,
             name,
             text_field=self._text_field,
@@ -327,6 +348,9 @@ class SFTTrainer(_Trainer):
             completion_only_loss=self._completion_only,
             assistant_only_loss=self._assistant_only,
         )
+        for change in self._changes:
+            rows = change(rows)
+        return rows
 
     def _own_keys(self) -> dict[str, Any]:
         keys: dict[str, Any] = {"sample_packing": bool(self._packing)}
@@ -335,36 +359,3 @@ class SFTTrainer(_Trainer):
         if token := getattr(self.args, "eos_token", None):
             keys["special_tokens"] = {"eos_token": token}
         return keys
-
-
-class ORPOTrainer(_Trainer):
-    """Odds-ratio preference optimisation (Hong et al. 2024) with TRL's arguments."""
-
-    arguments = ORPOConfig
-    rl = "orpo"
-
-
-class DPOTrainer(_Trainer):
-    """Direct preference optimisation (Rafailov et al. 2023) with TRL's arguments; the reference is the model with its
-    adapter off, or as it begins."""
-
-    arguments = DPOConfig
-    rl = "dpo"
-
-    def __init__(
-        self, model: Any, ref_model: Any = None, args: Any = None, *, beta: float | None = None, **others: Any
-    ) -> None:
-        if ref_model is not None:
-            raise ConfigError(
-                "DPOTrainer: ref_model: the reference is the model as it begins, without a second copy of it: write "
-                "ref_model=None"
-            )
-        self._beta = beta
-        super().__init__(model, args, **others)
-
-    def _own_keys(self) -> dict[str, Any]:
-        asked = getattr(self.args, "loss_type", "sigmoid") or "sigmoid"
-        losses = [asked] if isinstance(asked, str) else list(asked)
-        if len(losses) != 1:
-            raise ConfigError(f"DPOConfig: loss_type={losses}: one loss at a time")
-        return {"rl": "dpo", "dpo_loss_type": losses[0], **({} if self._beta is None else {"rl_beta": self._beta})}

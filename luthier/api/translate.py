@@ -40,6 +40,10 @@ CARRIED = {
     "rpo_alpha": "rpo_alpha",
     "precompute_ref_log_probs": "precompute_ref_log_probs",
     "max_prompt_length": "max_prompt_len",
+    "desirable_weight": "kto_desirable_weight",
+    "undesirable_weight": "kto_undesirable_weight",
+    "cpo_alpha": "cpo_alpha",
+    "simpo_gamma": "simpo_gamma",
 }
 """Arguments whose value is that of a key."""
 
@@ -93,7 +97,7 @@ HANDLED = {
 _PASSES = "a step is cut into passes that memory holds, and the numbers do not depend on the cut"
 _NO_PADDING = "no padding is ever computed"
 _LOADER = "rows are read from a mapped file, in the run's own order"
-_ONE_PROCESS = "a notebook's run is one process; `torchrun -m luthier train` makes it several"
+_ONE_PROCESS = "a notebook's run is one process; `luthier train config.yaml` makes it several"
 NO_EFFECT = {
     "per_device_eval_batch_size": _PASSES,
     "eval_accumulation_steps": _PASSES,
@@ -194,9 +198,9 @@ REFUSED = {
     "neftune_noise_alpha": "noise on embeddings is not built here; leave it out",
     "label_smoothing_factor": "smoothing of the targets is not built here; leave it out",
     "optim_target_modules": "GaLore and its kin are not built here; leave it out, or train an adapter",
-    "deepspeed": "write its settings for `torchrun -m luthier train config.yaml`; leave it out here",
-    "fsdp": "start the run with `torchrun -m luthier train config.yaml`; leave it out here",
-    "parallelism_config": "start the run with `torchrun -m luthier train config.yaml`; leave it out here",
+    "deepspeed": "write its settings for `luthier train config.yaml`; leave it out here",
+    "fsdp": "start the run with `luthier train config.yaml`; leave it out here",
+    "parallelism_config": "start the run with `luthier train config.yaml`; leave it out here",
     "push_to_hub": 'leave it out, and call model.push_to_hub("owner/name") after training',
     "truncation_mode": 'write truncation_mode="keep_start": longer rows are cut at their end',
     "router_aux_loss_coef": "the router's auxiliary loss is not built here; leave it out",
@@ -209,6 +213,7 @@ REFUSED = {
     "use_weighting": "leave it out: WPO is not built here",
     "discopop_tau": "leave it out: it is 0.05 here",
     "ld_alpha": "leave it out: length desensitisation is not built here",
+    "alpha": "leave it out: AlphaPO is not built here",
     "sync_ref_model": "leave it out: the reference stays the model as it began",
 }
 """Arguments that would change the result and cannot, and what to write instead."""

@@ -19,6 +19,7 @@ from pydantic import BaseModel, PrivateAttr
 
 from luthier.config import entries, rules
 from luthier.config.datasets import DatasetEntry
+from luthier.config.distributed import one_spelling
 from luthier.config.emit import to_yaml
 from luthier.config.names import unknown_key
 from luthier.config.overrides import COMMAND_LINE, apply_overrides, parse_overrides
@@ -42,6 +43,7 @@ class Config(Sections):
         source = read_file(path)
         if not source.values:
             raise_problems(source.name, source.problems)
+        one_spelling(source)  # for overrides that reach inside of it
         arguments = parse_overrides(overrides)
         touched = apply_overrides(source.values, arguments)
         return cls._resolve(source, touched, arguments.problems)
@@ -101,6 +103,7 @@ class Config(Sections):
 
     @classmethod
     def _resolve(cls, source: Source, touched: Sequence[Path_], problems: Sequence[Problem]) -> Self:
+        one_spelling(source)
         problems = [*source.problems, *problems]
         # What the file said inside a value that the command line replaced is gone.
         lines = {path: line for path, line in source.lines.items() if not _inside(path, touched)}

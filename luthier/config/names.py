@@ -12,6 +12,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from luthier.config.datasets import DatasetEntry, UserPreference, UserPrompt
+from luthier.config.distributed import ELSEWHERE as OF_PROCESSES
+from luthier.config.distributed import INSIDE_FSDP, VALUES_OF_PROCESSES, FsdpConfig, plain_name
 from luthier.config.schema import FIELDS, SECTIONS, LoftQ, LrGroup, SpecialTokens
 
 # Names that other tools use, and what to write here.
@@ -98,6 +100,7 @@ ELSEWHERE: dict[str, str] = {
     "use_wandb": "Write `report_to: wandb`.",
     "wandb_run_id": "Leave it out: a resumed run goes on by itself.",
     "wandb_watch": "Leave it out: gradients are not sent to trackers.",
+    **OF_PROCESSES,
 }
 
 # The same for values, each after its key.
@@ -114,6 +117,7 @@ VALUES_ELSEWHERE: dict[str, str] = {
     "dpo_loss_type: kto": " Write `rl: kto`.",
     "dpo_loss_type: kto_pair": " Write `rl: kto`, which takes pairs apart.",
     "dpo_loss_type: sft": " Write rpo_alpha, which adds the likelihood of the chosen answers.",
+    **VALUES_OF_PROCESSES,
 }
 
 # Mappings inside the config: what they are called in a message, and where they stand.
@@ -124,6 +128,7 @@ _INNER: dict[type[BaseModel], tuple[str, str]] = {
     SpecialTokens: ("special_tokens", "special_tokens"),
     LoftQ: ("loftq_config", "loftq_config"),
     LrGroup: ("a learning-rate group", "an entry of lr_groups"),
+    FsdpConfig: ("fsdp_config", "fsdp_config"),
 }
 
 
@@ -136,21 +141,25 @@ def unknown_key(key: str, value: Any, model: type[BaseModel] | None = None, show
         return f"{message} {ELSEWHERE[key]}"
     if model is None and key in SECTIONS and isinstance(value, dict):
         return f"{message} Keys are flat: write what is inside {key} at the top level."
+    if model is FsdpConfig:
+        key = key.removeprefix(FsdpConfig.prefix)
+        if key in INSIDE_FSDP:
+            return f"{message} {INSIDE_FSDP[key]}"
     if model is not None and key in FIELDS:
         return f"{message} It belongs at the top level."
     for inner, (_, home) in _INNER.items():
-        if inner is not model and key in inner.model_fields:
+        if inner is not model and (plain_name(key) if inner is FsdpConfig else key) in inner.model_fields:
             return f"{message} It belongs inside {home}."
     return message + nearest(key, known)
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
     """A sentence that names what was probably meant, or nothing."""
-    known = list(known)
+    names = {name.lower(): name for name in known}
     plain = key.lower().replace("-", "_")
-    matches = difflib.get_close_matches(plain, known, n=1, cutoff=0.7)
+    matches = difflib.get_close_matches(plain, names, n=1, cutoff=0.7)
     # `pad` for pad_token, `epochs` for num_epochs
-    longer = [name for name in known if name.startswith(f"{plain}_") or name.endswith(f"_{plain}")]
+    longer = [name for name in names if name.startswith(f"{plain}_") or name.endswith(f"_{plain}")]
     if not matches and len(longer) == 1:
         matches = longer
-    return f" Did you mean {matches[0]}?" if matches else ""
+    return f" Did you mean {names[matches[0]]}?" if matches else ""

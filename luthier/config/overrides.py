@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from luthier.config.distributed import plain_path
 from luthier.config.names import unknown_key
 from luthier.config.schema import FIELDS
 from luthier.config.values import accepts, accepts_only_text
@@ -57,7 +58,7 @@ def apply_overrides(values: dict[str, Any], overrides: Source) -> list[Path_]:
 
 def _as_path(key: str) -> Path_:
     first, *rest = key.split(".")
-    return (first, *(int(part) if part.isdigit() else part for part in rest))
+    return plain_path((first, *(int(part) if part.isdigit() else part for part in rest)))
 
 
 def _write(values: dict[str, Any], path: Path_, value: Any, overrides: Source) -> bool:

@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from luthier.config.base import Section
 from luthier.config.datasets import DatasetEntry, UserPreference, UserPrompt
+from luthier.config.distributed import FsdpConfig
 from luthier.config.emit import scalar
 from luthier.config.schema import SECTIONS, LoftQ, LrGroup, Sections, SpecialTokens
 from luthier.config.values import expected, help_of, summary
@@ -28,6 +29,7 @@ _INNER: tuple[tuple[str, type[Section]], ...] = (
     ("`special_tokens`", SpecialTokens),
     ("`loftq_config`", LoftQ),
     ("An entry of `lr_groups`", LrGroup),
+    ("`fsdp_config`", FsdpConfig),
 )
 
 
@@ -49,6 +51,8 @@ def json_schema() -> dict[str, Any]:
     for name in definitions:
         needed = definitions[name].get("required", [])
         definitions[name]["properties"] = _with_null(definitions[name]["properties"], needed)
+    inside = definitions[FsdpConfig.__name__]["properties"]
+    inside |= {f"{FsdpConfig.prefix}{key}": about for key, about in inside.items()}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Luthier config",

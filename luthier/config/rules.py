@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from luthier.config import adapters, preference
+from luthier.config import adapters, preference, sharding
 from luthier.config.needs import NEEDS, ONE_OF, Flat, asks_for_something, evaluates, has_samples
 from luthier.config.optimizers import ALIASES
 
@@ -30,7 +30,7 @@ def contradictions(c: Flat, written: Collection[str]) -> Iterator[Contradiction]
         for key in need.keys:
             if key in written and asks_for_something(c[key]) and not need.holds(c):
                 yield Contradiction(key, need.message.format(key=key))
-    for first, second in (*ONE_OF, *preference.ONE_OF):
+    for first, second in (*ONE_OF, *preference.ONE_OF, *sharding.ONE_OF):
         if {first, second} <= set(written) and c[first] and c[second]:
             yield Contradiction(second, f"{first} and {second} exclude each other: leave one of them out.")
     yield from _single_keys(c, written)
@@ -38,6 +38,8 @@ def contradictions(c: Flat, written: Collection[str]) -> Iterator[Contradiction]
     for key, message in adapters.flaws(c, written):
         yield Contradiction(key, message)
     for key, message in preference.flaws(c, written):
+        yield Contradiction(key, message)
+    for key, message in sharding.flaws(c):
         yield Contradiction(key, message)
     yield from _patterns(c)
     yield from _rope(c)
@@ -223,7 +225,7 @@ def _regex_problem(pattern: str) -> str | None:
 
 def derived(c: Flat, written: Collection[str]) -> dict[str, tuple[Any, str]]:
     """Values that follow from others, each with the reason."""
-    values: dict[str, tuple[Any, str]] = preference.derived(c, written)
+    values: dict[str, tuple[Any, str]] = preference.derived(c, written) | sharding.derived(c)
     if c["learning_rate"] is None:
         if c["adapter"]:
             values["learning_rate"] = (2e-4, "usual with an adapter")

@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 
 from luthier.config.base import Section
 from luthier.config.datasets import DataConfig
+from luthier.config.distributed import DistributedConfig
 from luthier.config.optimizers import OptimizerName
 from luthier.config.preference import PreferenceConfig
 
@@ -347,6 +348,8 @@ class Sections(BaseModel):
     """Training"""
     preference: PreferenceConfig
     """Preference tuning"""
+    distributed: DistributedConfig
+    """Several processes"""
     evaluation: EvaluationConfig
     """Evaluation and samples"""
     output: OutputConfig

@@ -207,7 +207,8 @@ def _scalar(branch: Any, value: Any) -> Any:
     if get_origin(branch) is Literal:
         if value is False and "off" in get_args(branch):
             return "off"  # which YAML reads as false
-        return value if isinstance(value, str) and value in get_args(branch) else INVALID
+        fits = any(type(value) is type(choice) and value == choice for choice in get_args(branch))
+        return value if fits else INVALID
     if branch is bool or branch is str:
         return value if type(value) is branch else INVALID
     if branch is int and type(value) is float and value.is_integer():
@@ -250,7 +251,9 @@ def _hint(branches: list[Any], value: Any) -> str:
         if bool in branches and value.lower() in ("true", "false", "yes", "no", "on", "off"):
             return " Leave out the quotes."
         choices = [c for b in branches if get_origin(b) is Literal for c in get_args(b)]
-        return nearest(value, choices)
+        if value in map(str, choices):
+            return " Leave out the quotes."
+        return nearest(value, (choice for choice in choices if isinstance(choice, str)))
     return ""
 
 

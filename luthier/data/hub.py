@@ -23,19 +23,25 @@ def notice_missing_network() -> None:
     """Put the hub's client into offline mode, for this process, where there is no way to the hub."""
     from huggingface_hub import constants
 
+    if constants.HF_HUB_OFFLINE or (reason := why_unreachable()) is None:
+        return
+    log.info("%s cannot be reached (%s): only what is on this machine is used", constants.ENDPOINT, reason)
+    constants.HF_HUB_OFFLINE = True
+    if "datasets" in sys.modules:  # it copies the setting when it is imported
+        sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+
+
+def why_unreachable() -> str | None:
+    """What the system says of a connection to the hub that fails; None: there is one, or it cannot be told."""
+    from huggingface_hub import constants
+
     endpoint = urlsplit(constants.ENDPOINT)
     # Behind a proxy a connection of our own says nothing.
-    if constants.HF_HUB_OFFLINE or getproxies() or endpoint.hostname is None:
-        return
+    if getproxies() or endpoint.hostname is None:
+        return None
     port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
     try:
         socket.create_connection((endpoint.hostname, port), timeout=_SECONDS).close()
     except OSError as error:
-        log.info(
-            "%s cannot be reached (%s): only what is on this machine is used",
-            constants.ENDPOINT,
-            error.strerror or error,
-        )
-        constants.HF_HUB_OFFLINE = True
-        if "datasets" in sys.modules:  # it copies the setting when it is imported
-            sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+        return str(error.strerror or error)
+    return None

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -47,6 +47,8 @@ class Batch:
 
     Attributes:
         rows: the dataset's documents in it, by index. completions: None where they are no answers to compare.
+        spare: it is run for the sake of other processes (`StepLoader.lockstep`), and counts for nothing: its labels
+            weigh 0, and whoever makes something else of it has to leave that out.
     """
 
     input_ids: torch.Tensor
@@ -61,6 +63,7 @@ class Batch:
     weight_N: torch.Tensor
     rows: tuple[int, ...] = ()
     completions: Completions | None = None
+    spare: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,10 @@ class StepLoader:
         share: which documents' common beginnings are computed once: "all" of a pass, those of the answers in each of
             its "rows" (the prompt, over which they draw dropout alike), or none, "".
         rank, processes: this process, and how many there are.
+
+    Attributes:
+        lockstep: every process runs as many passes of a step as the one that has most, with spare ones at the end:
+            where weights are spread over processes, a pass of one needs the others.
     """
 
     def __init__(
@@ -121,6 +128,7 @@ class StepLoader:
         self.share: Sharing = "" if alone or (share == "rows" and not pairs) else share
         self.rank = rank
         self.processes = processes
+        self.lockstep = False
         self._cached_order: tuple[int, np.ndarray] | None = None
         self._groups = (
             best_fit(dataset.lengths, packed_len) if packed_len else [[i] for i in range(len(dataset))]
@@ -139,8 +147,7 @@ class StepLoader:
         return Step(epoch, rows, tuple(map(tuple, passes)), tokens, trained, chosen)
 
     def passes_agreed(self, step: Step) -> int:
-        """How many passes every process runs where a wrapper needs as many of each: those of the process that has
-        most. The others fill up with passes of weight 0."""
+        """How many passes every process runs in lockstep: those of the process that has most."""
         return max(len(self._passes(step.rows, rank)) for rank in range(self.processes))
 
     def batches(self, step: Step, device: torch.device) -> Iterator[Batch]:
@@ -149,6 +156,10 @@ class StepLoader:
             rows = [step.rows[i] for i in indices]
             seeds = [((self.seed * 1_000_003 + step.epoch) * 1_000_003 + row) % 2**40 for row in rows]
             yield make_batch(self.dataset, rows, seeds, device, share=self.share)
+        if self.lockstep:
+            shortest = min(step.rows, key=lambda row: int(self.dataset.lengths[row]))
+            for _ in range(self.passes_agreed(step) - len(step.passes)):
+                yield spare(make_batch(self.dataset, [shortest], [0], device))
 
     def mismatched(self, step: Step, device: torch.device) -> Iterator[Batch]:
         """Passes of this process in which each answer of a step stands behind the prompt of the row after it, and the
@@ -164,10 +175,16 @@ class StepLoader:
             n = self.sequence_len
             documents.append(_Part(ids[:n].astype(np.int64), labels[:n].astype(np.int64), 0, before.prompt))
         lengths = [len(document.ids) for document in documents]
-        share = split_evenly(lengths, self.processes)[self.rank]
-        for indices in cut_into_passes([lengths[i] for i in share], self.tokens_per_pass, alone=self.alone):
-            chosen = [share[i] for i in indices]
+        shares = split_evenly(lengths, self.processes)
+        passes = [
+            [[share[i] for i in indices] for indices in self._cut_plainly([lengths[i] for i in share])]
+            for share in (shares if self.lockstep else shares[self.rank : self.rank + 1])
+        ]
+        own = passes[self.rank] if self.lockstep else passes[0]
+        for chosen in own:
             yield _batch([documents[i] for i in chosen], [step.rows[i] for i in chosen], device, share=self.share)
+        for _ in range(max(map(len, passes)) - len(own)):
+            yield spare(_batch(documents[:1], step.rows[:1], device, share=""))
 
     def saving(self, steps: int = 16) -> float:
         """Share of the first steps' tokens that are not computed, since another document of the pass has them."""
@@ -189,9 +206,12 @@ class StepLoader:
         passes = self._cut([rows[i] for i in share], [lengths[i] for i in share])
         return [[share[i] for i in indices] for indices in passes]
 
+    def _cut_plainly(self, lengths: Sequence[int]) -> list[list[int]]:
+        return cut_into_passes(lengths, self.tokens_per_pass, alone=self.alone)
+
     def _cut(self, rows: Sequence[int], lengths: Sequence[int]) -> list[list[int]]:
-        passes = cut_into_passes(lengths, self.tokens_per_pass, alone=self.alone)
-        if self.share != "all" or len(passes) == 1:
+        passes = self._cut_plainly(lengths)
+        if self.share != "all" or len(passes) < 2:
             return passes  # rows share nothing with each other
         documents = [self.dataset[row] for row in rows]
         if any(document.lengths and not document.pair for document in documents):
@@ -237,6 +257,11 @@ def make_batch(
     """
     documents = [part for row, seed in zip(rows, seeds, strict=True) for part in _parts(dataset, row, seed)]
     return _batch(documents, rows, device, share=share)
+
+
+def spare(batch: Batch) -> Batch:
+    """The same pass, counting for nothing."""
+    return replace(batch, weight_N=torch.zeros_like(batch.weight_N), spare=True)
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
 
 from luthier.data.dataset import TokenDataset
-from luthier.data.loader import make_batch
+from luthier.data.loader import Batch, make_batch, spare
 from luthier.data.packing import cut_into_passes, split_evenly
 from luthier.data.tree import Sharing
 
@@ -26,6 +26,7 @@ def evaluate_loss(
     rank: int = 0,
     processes: int = 1,
     gather: Callable[[Sequence[float]], list[list[float]]] = lambda values: [list(values)],
+    lockstep: bool = False,
 ) -> dict[str, float]:
     """Mean negative log-likelihood per trained token over the dataset, its exponential, and accuracy.
 
@@ -34,6 +35,7 @@ def evaluate_loss(
 
     Args:
         rank, processes: this process, and how many there are. gather: numbers -> those of each process, in order.
+        lockstep: each process runs as many passes as the one that has most (`data.loader.StepLoader`).
 
     Returns:
         `eval_loss` (nats per token), `eval_perplexity`, `eval_token_accuracy`.
@@ -42,11 +44,21 @@ def evaluate_loss(
     policy.eval()
     total = torch.zeros((), dtype=torch.float64, device="cpu")
     correct = tokens = 0
-    own = split_evenly(dataset.lengths, processes)[rank]
+    shares = split_evenly(dataset.lengths, processes)
+    def passes_of(own: list[int]) -> list[list[int]]:
+        cut = cut_into_passes(dataset.lengths[own].tolist(), tokens_per_pass, alone=alone)
+        return [[own[i] for i in indices] for indices in cut]
+
+    def batches() -> Iterator[Batch]:
+        passes = passes_of(shares[rank])
+        for rows in passes:
+            yield make_batch(dataset, rows, [0] * len(rows), device, share=share)
+        shortest = int(dataset.lengths.argmin())
+        for _ in range(max(len(passes_of(share)) for share in shares) - len(passes) if lockstep else 0):
+            yield spare(make_batch(dataset, [shortest], [0], device))
+
     try:
-        for pass_ in cut_into_passes(dataset.lengths[own].tolist(), tokens_per_pass, alone=alone):
-            rows = [own[i] for i in pass_]
-            batch = make_batch(dataset, rows, [0] * len(rows), device, share=share)
+        for batch in batches():
             logps, hits = policy(batch)
             total += (logps * batch.weight_N).double().sum().cpu()
             correct += int((hits * batch.weight_N).sum())

@@ -38,6 +38,8 @@ def evaluate_preference(
         objective.begin(policy, loader.mismatched(step, device), step, lambda batch, work: work())
         for batch in loader.batches(step, device):
             loss, sums = objective(policy, batch, step)
+            if batch.spare:
+                continue
             found = [float(loss), *sums.tolist()]
             totals = [a + b for a, b in zip(totals, found, strict=True)]
     finally:

@@ -160,7 +160,8 @@ def _tokenizer(merged: Path, config: Config) -> PreTrainedTokenizerBase:
 
 def _sample(tokenizer: PreTrainedTokenizerBase, config: Config | None) -> tuple[list[list[int]], str]:
     """Token ids of a few texts, and what they are."""
-    if config is not None:
+    # A model that no run has made brings the config that it was loaded by, which has no rows.
+    if config is not None and config.data.datasets[0].path != "none":
         entry = config.data.datasets[0]
         try:
             examples: list[Example] = []

@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 import luthier
-from luthier.data.hub import notice_missing_network
+from luthier.data.hub import notice_missing_network, why_unreachable
 from luthier.errors import ConfigError, LuthierError, RunError
 from luthier.export.parcel import Parcel, pack
 
@@ -128,14 +128,14 @@ def _shown(size: int) -> str:
 def _check_network() -> None:
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in constants.ENV_VARS_TRUE_VALUES:
         raise RunError("HF_HUB_OFFLINE is set, and a push needs the hub: unset it")
-    # It may have been noticed earlier in this process; that there was no network then says nothing about now.
+    if (reason := why_unreachable()) is not None:
+        raise RunError(
+            f"{constants.ENDPOINT} cannot be reached ({reason}): nothing was uploaded; look at the network, or "
+            "HF_ENDPOINT"
+        )
+    # Earlier in this process there may have been no network.
     constants.HF_HUB_OFFLINE = False
     notice_missing_network.cache_clear()
-    notice_missing_network()
-    if constants.HF_HUB_OFFLINE:
-        raise RunError(
-            f"{constants.ENDPOINT} cannot be reached: nothing was uploaded; look at the network, or HF_ENDPOINT"
-        )
 
 
 class _Hub:

@@ -52,6 +52,12 @@ def settings_path(path: Path) -> Path:
     return path.with_name(path.name + ".settings")  # no .json: in a model's folder it would count as one of its files
 
 
+def check_name(path: Path) -> None:
+    """ConfigError: the name is not that of a JSONL."""
+    if path.suffix.lower() not in ENDINGS:
+        raise ConfigError(f"--output {path}: JSON lines are written: call it {path.with_suffix('.jsonl').name}")
+
+
 class AnswerFile:
     """The file that a command writes, and goes on with.
 
@@ -60,15 +66,13 @@ class AnswerFile:
             answers that are there, or a new one.
 
     Raises:
-        ConfigError: the name is not that of a JSONL. RunError: it holds answers that were made otherwise, or somebody
-        else is writing to it. DataError: it is no JSONL.
+        RunError: it holds answers that were made otherwise, or somebody else is writing to it. DataError: it is no
+            JSONL.
     """
 
     def __init__(
         self, path: Path, settings: Mapping[str, Any], rows: Sequence[Row], samples: int, overwrite: bool = False
     ) -> None:
-        if path.suffix.lower() not in ENDINGS:
-            raise ConfigError(f"--output {path}: JSON lines are written: call it {path.with_suffix('.jsonl').name}")
         self.path, self.rows = path, rows
         self.settings = json.loads(json.dumps(settings))
         self.skipped = self.cut = 0

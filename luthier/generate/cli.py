@@ -90,7 +90,7 @@ def command(
         of_files = {"--output": output, "--field": field, "--num-samples": num_samples > 1, "--overwrite": overwrite,
                     "--skip-bad-rows": skip_bad_rows, "--engine vllm": engine != "luthier"}  # fmt: skip
         if given := [name for name, value in of_files.items() if value]:
-            raise ConfigError(f"{', '.join(given)} go with --data FILE")
+            raise ConfigError(f"{', '.join(given)}: only with --data FILE")
 
     # As late as this, so that --help does not wait for torch.
     from luthier.generate.sampling import Sampling

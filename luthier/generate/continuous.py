@@ -14,11 +14,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from luthier.generate import graphs
 from luthier.generate.rows import Row
 from luthier.generate.sampling import Chooser
 from luthier.generate.slots import Slots
@@ -32,7 +33,7 @@ SHARED_FROM = 8
 GROW = 64
 
 
-class Speakers(Protocol):
+class Speakers(graphs.Marks, Protocol):
     """Adapters that one model has side by side (`models.several`)."""
 
     def speaking(self, names: Sequence[str | None], lengths: Sequence[int]) -> AbstractContextManager[None]:
@@ -78,7 +79,7 @@ class Continuous:
     Attributes:
         max_cached_tokens: keys and values over all slots; a single text may have more. max_rows: texts at once.
         speakers: of a model that several adapters share; without, every text has the model as it is.
-        waiting: in the order in which they join. running: row i is in slot i.
+        waiting: in the order in which they join. running: row i is in slot i. graphs: captured steps, on a GPU.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class Continuous:
         self.max_cached_tokens, self.max_rows = max_cached_tokens, max_rows
         self.waiting: deque[Row] = deque()
         self.slots = Slots(self.device)
+        self.graphs = graphs.for_loop(model, self.slots, speakers)
         # Whose text is in a slot. The first `_count` are running, the others have left, at a step of that number.
         self._texts: list[Row] = []
         self._left: dict[Row, int] = {}
@@ -112,6 +114,8 @@ class Continuous:
         """Forget all rows and give the memory back."""
         self.waiting.clear()
         self.slots.resize(0, 0)
+        if self.graphs is not None:
+            self.graphs.clear()
         self._texts, self._left, self._count = [], {}, 0
 
     @torch.no_grad()
@@ -131,7 +135,12 @@ class Continuous:
             unread = rows[slot].ids[self.slots.lengths[slot] :]
             prompts.append((slot, len(unread)))
             ids += unread
-        choose(rows, self.logits(ids, writing, prompts))
+        if self.graphs is None or prompts:
+            logits = self.logits(ids, writing, prompts)
+        else:
+            adapters = [row.adapter for row in rows]
+            logits = self.graphs.logits(ids, adapters, lambda: self.logits(ids, writing, []))
+        choose(rows, logits)
         for row in rows:
             if row.done:
                 self._leave(row)
@@ -141,18 +150,10 @@ class Continuous:
         """(rows, V): what follows the last token of each text."""
         lengths = [1] * writing + [unread for _, unread in prompts]
         positions_T = self.slots.begin(writing, prompts)
+        ids_T = torch.tensor(ids, device=self.device)
+        last_R = torch.tensor(lengths, device=self.device).cumsum(0) - 1
         with flat_pass(), whose(self.speakers, self.running, lengths):
-            output = self.model(
-                input_ids=torch.tensor([ids], device=self.device),
-                position_ids=positions_T[None],
-                # As in training (`models.policy`): never read, it keeps transformers from making one.
-                attention_mask=positions_T.new_empty(1, 1, 1, 1),
-                use_cache=False,
-                logits_to_keep=torch.tensor(lengths, device=self.device).cumsum(0) - 1,
-                document_lengths=tuple(lengths),
-                cached=self.slots,
-            )
-        return cast(Tensor, output.logits[0])
+            return self.slots.logits(self.model, ids_T, positions_T, last_R, lengths)
 
     # --- who is in which slot ---------------------------------------------------------------------------------
 
@@ -161,7 +162,16 @@ class Continuous:
         while self._count > 1 and self._count * self._longest() > self.max_cached_tokens:
             self.waiting.appendleft(self._leave(self.running[-1]))
         if self._count and self._longest() > self.slots.room:
-            self._resize(self._count, self._longest() + GROW)
+            self._resize(self._count, self._wider())
+
+    def _wider(self) -> int:
+        """Room for texts that have outgrown theirs. What is captured is lost whenever slots move, so there they move
+        seldom: to twice the longest text's length, as far as texts may get there and memory holds them."""
+        longest = self._longest()
+        if self.graphs is None:
+            return longest + GROW
+        most = max(len(row.prompt_ids) + row.limit for row in self.running)
+        return max(longest + GROW, min(2 * longest, most, self.max_cached_tokens // self._count))
 
     def _longest(self) -> int:
         return max(row.length for row in self.running)

@@ -25,6 +25,7 @@ from luthier.generate.text import StopStrings, TextStream
 from luthier.models import attention
 from luthier.models.isolation import own_logits, prove, same_vectors
 from luthier.models.kinds import one_of_each_layer
+from luthier.models.load import rows_of_embeddings
 
 log = logging.getLogger("luthier")
 
@@ -246,7 +247,7 @@ def _compare(model: Any) -> str:
     """Two prompts; a token more for each and a third prompt; a token more for all: each against the model's own."""
     embeddings = model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(0)
-    texts = [torch.randint(embeddings.shape[0], (n + 2,), generator=generator).tolist() for n in _PROMPTS]
+    texts = [torch.randint(rows_of_embeddings(model), (n + 2,), generator=generator).tolist() for n in _PROMPTS]
     loop = Continuous(model, max_cached_tokens=MAX_CACHED_TOKENS)
     loop.slots.resize(3, max(_PROMPTS) + 2)
     a, b, c = _PROMPTS

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from luthier.errors import ConfigError, DataError
-from luthier.generate.answers import AnswerFile, carried
+from luthier.generate.answers import AnswerFile, carried, check_name
 from luthier.generate.identity import model_files, resolved
 from luthier.generate.progress import Progress
 from luthier.generate.questions import Place, Question, questions, read_rows
@@ -78,6 +78,7 @@ def answer_file(task: Task) -> None:
     from luthier.generate.asking import Asking, own_defaults
     from luthier.models.assemble import find, tokenizer_of
 
+    check_name(task.output)  # before thousands of rows are read
     if task.output.expanduser().resolve() == task.data.expanduser().resolve():
         raise ConfigError(f"--output {task.output} is the file of the prompts")
     if task.engine == "vllm":

@@ -20,6 +20,9 @@ from transformers import GenerationConfig
 from luthier.errors import ConfigError
 
 DEFAULT_NEW_TOKENS = 128
+# Beyond these a logit divided by the one or multiplied by the other may overflow, and what is chosen means nothing.
+LEAST_TEMPERATURE = 1e-6
+PENALTIES = (0.01, 100.0)
 # Processors that look at the scores alone. Any other one (repetition penalty, banned words, least new tokens, ...)
 # also reads the ids before, and is a row's own.
 SCORES_ONLY = frozenset(
@@ -71,14 +74,17 @@ class Sampling:
         problems = []
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             problems.append(f"max_new_tokens must be at least 1, not {self.max_new_tokens}")
-        if self.temperature is not None and self.temperature < 0:
-            problems.append(f"temperature must be 0 (greedy) or more, not {self.temperature:g}")
+        if self.temperature is not None and not (self.temperature == 0 or self.temperature >= LEAST_TEMPERATURE):
+            problems.append(
+                f"temperature must be 0 (greedy) or at least {LEAST_TEMPERATURE:g}, not {self.temperature:g}"
+            )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             problems.append(f"top_p must be above 0 and at most 1, not {self.top_p:g}")
         if self.top_k is not None and self.top_k < 0:
             problems.append(f"top_k must be 0 (off) or more, not {self.top_k}")
-        if self.repetition_penalty is not None and self.repetition_penalty <= 0:
-            problems.append(f"repetition_penalty must be above 0, not {self.repetition_penalty:g}")
+        low, high = PENALTIES
+        if self.repetition_penalty is not None and not low <= self.repetition_penalty <= high:
+            problems.append(f"repetition_penalty must be {low:g} to {high:g}, not {self.repetition_penalty:g}")
         if any(not text for text in self.stop):
             problems.append("a stop string is empty: it would end every text before its first token")
         if problems:
@@ -129,6 +135,10 @@ class Sampling:
                 setattr(resolved, name, value)
             elif getattr(resolved, name, None) is None and name in defaults:
                 setattr(resolved, name, defaults[name])
+        # JSON and people write 2 for 2.0, which transformers' processors refuse.
+        for name in ("temperature", "top_p", "repetition_penalty"):
+            if isinstance(value := getattr(resolved, name, None), int):
+                setattr(resolved, name, float(value))
         resolved.num_beams = 1
         return resolved
 
@@ -170,7 +180,6 @@ class Chooser:
         # Whether the ids before matter.
         self.reads_history = any(type(each).__name__ not in SCORES_ONLY for each in self.processors)
 
-
     def __call__(self, input_ids: Tensor, logits: Tensor, streams: Sequence[random.Random]) -> Tensor:
         """Next ids (B,) from ids so far (B, T) and logits (B, V)."""
         scores = logits.float()
@@ -184,4 +193,7 @@ class Chooser:
         # probability lifted the sum: one that top_p or top_k removed can never be drawn.
         drawn = torch.tensor([[stream.getrandbits(24) / 2**24] for stream in streams], device=scores.device)
         target = torch.minimum(drawn * total, torch.nextafter(total, torch.zeros_like(total)))
-        return torch.searchsorted(cumulated, target, right=True).squeeze(-1)
+        # Where a model has overflowed into NaN the search ends behind the vocabulary. An id from there would fail the
+        # whole step, of every row, and on CUDA everything after it.
+        found = torch.searchsorted(cumulated, target, right=True).squeeze(-1)
+        return found.clamp_max(cumulated.shape[-1] - 1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ class _Pass:
 
     Attributes:
         before: tokens that each of the writing texts has in its slot. prompts: (slot, tokens it has, tokens to come).
-        rows, places: (writing,) int64, where the new keys go.
+        rows, places: (writing,) int64, where the new keys go. longest: keys that a step of fixed shapes attends over,
+            whatever the texts' lengths, of which it knows the places alone; None in every other pass.
     """
 
     writing: int
@@ -36,6 +37,7 @@ class _Pass:
     rows: Tensor
     places: Tensor
     masks: dict[int | None, Tensor | None]
+    longest: int | None = None
 
 
 class Slots:
@@ -43,14 +45,15 @@ class Slots:
 
     Attributes:
         lengths: tokens that each slot holds, of a text or of one that has ended. one_by_one: whether texts of very
-            unequal length attend in a call for each, where calls are cheap, and not all in one with a mask.
+            unequal length attend in a call for each, where calls are cheap, and not all in one with a mask. moves:
+            how often keys and values have got other addresses.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.one_by_one = device.type == "cpu"
         self.device = device
         self.lengths: list[int] = []
-        self.room = 0
+        self.room = self.moves = 0
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self._pass: _Pass | None = None
 
@@ -61,6 +64,7 @@ class Slots:
                 self._layers[layer] = _resized(keys, slots, room), _resized(values, slots, room)
             self.lengths = self.lengths[:slots] + [0] * (slots - len(self.lengths))
             self.room = room
+            self.moves += 1
 
     def copy(self, source: int, target: int, tokens: int) -> None:
         """The first tokens of one slot into another."""
@@ -91,16 +95,52 @@ class Slots:
         self._pass = _Pass(
             writing, before, parts, torch.arange(writing, device=self.device), of_pass[:writing], {}
         )
-        for slot in range(writing):
-            self.lengths[slot] += 1
+        self.count(writing)
         for slot, start, new in parts:
             self.lengths[slot] = start + new
         return of_pass
 
+    def begin_fixed(self, places: Tensor, longest: int) -> None:
+        """Say that the next pass is a token for each of the first slots, which goes to `places`, (writing,) int64, and
+        sees what is before it among the first `longest` keys. What is computed depends on nothing else here, so that
+        it may be captured once and replayed with other places. `count` says that it has happened."""
+        writing = places.shape[0]
+        rows = torch.arange(writing, device=self.device)
+        self._pass = _Pass(writing, [], [], rows, places, {}, longest)
+
+    def count(self, writing: int) -> None:
+        """The texts in slots 0 to `writing` - 1 have a token more."""
+        for slot in range(writing):
+            self.lengths[slot] += 1
+
+    def spare(self, slots: range) -> list[int]:
+        """A place in each of these slots that may be written to: behind what it holds. One that is full holds a token
+        less from now on."""
+        for slot in slots:
+            self.lengths[slot] = min(self.lengths[slot], self.room - 1)
+        return [self.lengths[slot] for slot in slots]
+
+    def logits(
+        self, model: Any, ids_T: Tensor, positions_T: Tensor, last_R: Tensor, lengths: Sequence[int]
+    ) -> Tensor:
+        """(R, V): the pass that has been described. `last_R`: the place of each text's last token among the T;
+        `lengths`: new tokens of each text."""
+        output = model(
+            input_ids=ids_T[None],
+            position_ids=positions_T[None],
+            # As in training (`models.policy`): never read, it keeps transformers from making one.
+            attention_mask=positions_T.new_empty(1, 1, 1, 1),
+            use_cache=False,
+            logits_to_keep=last_R,
+            document_lengths=tuple(lengths),
+            cached=self,
+        )
+        return cast(Tensor, output.logits[0])
+
     def __call__(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, window: int | None, **options: Any
     ) -> Tensor:
-        """Attention of a layer in the pass that `begin` has described; keeps its keys and values.
+        """Attention of a layer in the pass that has been described; keeps its keys and values.
 
         Args:
             query: (1, heads, T, head_dim). key, value: (1, kv_heads, T, head_dim) of the new tokens.
@@ -117,7 +157,7 @@ class Slots:
         keys, values = self._layers[layer]
         outs = []
         writing = self._pass.writing
-        if writing == 1:  # as below, in half the time
+        if writing == 1 and self._pass.longest is None:  # as below, in half the time
             place = self._pass.before[0]
             keys[0, :, place], values[0, :, place] = key[0, :, 0], value[0, :, 0]
         elif writing:
@@ -158,15 +198,17 @@ class Slots:
         options = options | {"causal": False, "window": None}
         # A sink is a head's own, and has to find its head.
         grouped = options.get("sinks") is None
-        if self._pass.writing == 1:  # as below, with half as many steps, which is what a single text's time goes to
+        fixed = self._pass.longest is not None
+        # As below, with half as many steps, which is what a single text's time goes to.
+        if self._pass.writing == 1 and not fixed:
             stop = self._pass.before[0] + 1
             seen = slice(0 if window is None else max(0, stop - window), stop)
             rows = query.reshape(1, kv_heads, -1, query.shape[3]) if grouped else query
             out = attend(rows, keys[:1, :, seen], values[:1, :, seen], mask=None, **options)
             return [out.reshape(1, query.shape[1], 1, -1)]
         rows = query[0].transpose(0, 1).unflatten(1, (kv_heads, -1) if grouped else (-1, 1))
-        longest = max(self._pass.before) + 1
-        if self.one_by_one and longest * len(self._pass.before) > UNEVEN * sum(self._pass.before):
+        longest = self._pass.longest or max(self._pass.before) + 1
+        if self.one_by_one and not fixed and longest * len(self._pass.before) > UNEVEN * sum(self._pass.before):
             found = []
             for slot, before in enumerate(self._pass.before):
                 seen = slice(0 if window is None else max(0, before + 1 - window), before + 1)
@@ -186,10 +228,13 @@ class Slots:
         if window not in masks:
             place = torch.arange(longest, device=self.device)
             own = self._pass.places[:, None]
+            if self._pass.longest is not None:  # a spare row may be beyond the keys, and has to see one of them
+                own = own.clamp(max=longest - 1)
             mask = place <= own
             if window is not None:
                 mask &= place > own - window
-            equal = min(self._pass.before) + 1 == longest and (window is None or window >= longest)
+            alike = self._pass.longest is None and min(self._pass.before) + 1 == longest
+            equal = alike and (window is None or window >= longest)
             masks[window] = None if equal else mask[:, None, None]
         return masks[window]
 

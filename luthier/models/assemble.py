@@ -270,6 +270,8 @@ def find(path: str) -> Found:
         ModelError: nothing loadable there.
     """
     folder = fetched(path) or Path(path).expanduser()
+    if folder.is_file():
+        raise ModelError(f"{path} is a file: give the folder of a run, an adapter or a model, or a name on the hub")
     config = None
     # A checkpoint is loaded as its run's last state is: on the base as it was stored in training.
     of_run = folder.resolve().parent if folder.name.startswith("checkpoint-") else folder

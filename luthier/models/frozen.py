@@ -47,6 +47,7 @@ class FrozenLinear(nn.Module):
             cast(Any, self.weight).SCB = cast(Any, base).state.SCB
         self.register_buffer("row_scale", None, persistent=False)
         self._copy: torch.Tensor | None = None
+        self._state: Any = None
         if hasattr(base, "in_features"):
             self.in_features, self.out_features = cast(int, base.in_features), cast(int, base.out_features)
         else:
@@ -96,7 +97,7 @@ class FrozenLinear(nn.Module):
             return self.plain_weight.detach().to(dtype)
         if self.row_scale is not None:
             return (self.weight.float() * self.row_scale).to(dtype)
-        return dequantized(self.weight).to(dtype)
+        return dequantized(self.weight, self._state).to(dtype)
 
     @torch.no_grad()
     def keep_copy(self, dtype: torch.dtype) -> None:
@@ -109,6 +110,14 @@ class FrozenLinear(nn.Module):
         rounded, scale = quantize_rows(self.plain_weight)
         self.weight = nn.Parameter(rounded, requires_grad=False)
         self.transposed, self.storage, self.row_scale = False, "fp8", scale
+
+    def keep_plain(self, device: torch.device) -> None:
+        """Take a 4-bit weight's scales, to a device, out of bitsandbytes' parameter, of which a plain one of packed
+        bytes is left: what shares a weight out over processes makes a new parameter of it."""
+        if self.storage == "4bit" and self._state is None:
+            self._state = cast(Any, self.weight).quant_state
+            self._state.to(device)
+            self.weight = nn.Parameter(self.weight.data, requires_grad=False)
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, {self.storage}, {self.weight.dtype}"
@@ -147,15 +156,18 @@ def storage_of(weight: torch.Tensor) -> str:
     return {"Params4bit": "4bit", "Int8Params": "8bit"}.get(type(weight).__name__, "dense")
 
 
-def dequantized(weight: Any) -> torch.Tensor:
+def dequantized(weight: Any, state: Any = None) -> torch.Tensor:
     """A bitsandbytes parameter as (out, in): 4-bit in the dtype that it was quantised from, 8-bit in fp32.
+
+    Args:
+        state: the scales of a 4-bit weight that does not have them itself (`FrozenLinear.keep_plain`).
 
     Codes times scales: of a block of 64 for 4 bits (Dettmers et al. 2023, section 3), of a row for 8 (Dettmers et
     al. 2022, section 2.1).
     """
-    if storage_of(weight) == "4bit":
+    if state is not None or storage_of(weight) == "4bit":
         import bitsandbytes.functional as functional
 
-        return functional.dequantize_4bit(weight.data, weight.quant_state)
+        return functional.dequantize_4bit(weight.data, state or weight.quant_state)
     scales = cast(torch.Tensor, weight.SCB)
     return weight.data * (scales / 127.0).unsqueeze(1)

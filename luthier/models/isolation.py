@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from luthier.models import attention
 from luthier.models.kinds import one_of_each_layer
-from luthier.models.load import embeddings_of
+from luthier.models.load import embeddings_of, rows_of_embeddings
 from luthier.models.lora import DropoutState
 from luthier.models.policy import Policy
 
@@ -71,8 +71,7 @@ def prove(model: PreTrainedModel, sequence_len: int) -> Proof:
 
 
 def _prove(model: PreTrainedModel, sequence_len: int) -> Proof:
-    embeddings = embeddings_of(model).weight
-    device, vocabulary = embeddings.device, int(embeddings.shape[0])
+    device, vocabulary = embeddings_of(model).weight.device, rows_of_embeddings(model)
     generator = torch.Generator().manual_seed(0)
     documents = [torch.randint(vocabulary, (n,), generator=generator).to(device) for n in _LENGTHS]
     expected = [own_logits(model, ids) for ids in documents]
@@ -130,8 +129,7 @@ def _try_shared(model: PreTrainedModel, generator: torch.Generator) -> str:
     """Empty if documents that share beginnings come out as they do alone, else what was seen."""
     if model.config._attn_implementation != attention.NAME:
         return f"attn_implementation {model.config._attn_implementation!r} knows whole documents only"
-    embeddings = embeddings_of(model).weight
-    device, vocabulary = embeddings.device, int(embeddings.shape[0])
+    device, vocabulary = embeddings_of(model).weight.device, rows_of_embeddings(model)
     segments = [torch.randint(vocabulary, (n,), generator=generator).to(device) for n in _SEGMENTS]
     starts = {place: sum(_SEGMENTS[i] for i in path[:n]) for path in _PATHS for n, place in enumerate(path)}
     positions = torch.cat(

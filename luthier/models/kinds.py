@@ -36,7 +36,7 @@ def looks(module: nn.Module) -> Any:
             )
         )
         tensors = tuple(
-            (key, tuple(p.shape) if key[:5] != "lora_" else (), p.dtype, p.device, p.requires_grad)
+            (key, tuple(p.shape) if key[:5] != "lora_" else (), p.dtype, p.requires_grad)
             for key, p in part.named_parameters(recurse=False)
         )
         found.append((name, type(part), settings, tensors))

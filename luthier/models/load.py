@@ -27,6 +27,9 @@ from luthier.models.rope import apply_rope
 
 log = logging.getLogger("luthier")
 
+# Below 1 they divide by zero somewhere in a family's own code.
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+
 
 def load_model(
     config: Config,
@@ -102,6 +105,14 @@ def read_model_config(model: ModelConfig) -> Any:
         )
     except (OSError, ValueError, ImportError, KeyError, StrictDataclassError) as error:
         raise cannot_load("model", model.base_model, error) from error
+    except ZeroDivisionError as error:
+        wrong = f"one of {', '.join(_SIZES)} is 0"
+        raise ModelError(f"{model.base_model}: its config.json describes no model: {wrong}") from error
+    text = found.get_text_config(decoder=True)
+    none = [name for name in _SIZES if isinstance(size := getattr(text, name, None), int) and size < 1]
+    if none:
+        said = ", ".join(f"{name} {getattr(text, name)}" for name in none)
+        raise ModelError(f"{model.base_model}: its config.json describes no model: {said}; it must be 1 or more")
     apply_rope(model, found)
     return found
 
@@ -160,6 +171,12 @@ def text_config_of(model: PreTrainedModel) -> Any:
 def embeddings_of(model: PreTrainedModel) -> nn.Embedding:
     """The input embeddings, of whatever class; what is read of them is their `weight` (V, D)."""
     return cast(nn.Embedding, model.get_input_embeddings())
+
+
+def rows_of_embeddings(model: PreTrainedModel) -> int:
+    """V, also where DeepSpeed has the weight in pieces."""
+    weight = embeddings_of(model).weight
+    return int(getattr(weight, "ds_shape", weight.shape)[0])
 
 
 def turn_off_randomness(model: nn.Module) -> None:

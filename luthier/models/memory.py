@@ -73,6 +73,7 @@ def choose_pass(
     step_tokens: int,
     run_pass: Callable[[], int],
     asked: int | None = None,
+    agree: Callable[[int], int] | None = None,
 ) -> Budget:
     """`choose_budget`, and before it how much the layers recompute, where that is free to be chosen: set on the
     layers, and said. Nothing is recomputed where memory has room for the longest document and for a pass that runs at
@@ -80,15 +81,22 @@ def choose_pass(
 
     Args:
         asked: tokens of a pass that the user asks for; it is not changed.
+        agree: given where weights are shared out over processes: the free memory of one -> that of all. Nothing is
+            measured or counted on such a model, since all would have to do it; it recomputes all or nothing.
     """
+    free = free_memory(device)
+    free = free if agree is None else agree(free)
     full_speed = FULL_SPEED_TOKENS.get(device.type, FULL_SPEED_ELSEWHERE)
     needed = max(longest, min(step_tokens, asked or full_speed))
     if recomputation.free:
-        share = _SHARE_MEASURED if device.type == "cuda" else _SHARE_ESTIMATED
-        trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
-        room = share * max(0, free_memory(device) - _OPTIMIZER_BYTES * trained)
+        share = _SHARE_MEASURED if device.type == "cuda" and agree is None else _SHARE_ESTIMATED
+        room = share * max(0, free - _OPTIMIZER_BYTES * _trained(policy.model))
         # The rough figure is on the large side: where it fits, there is nothing to count.
-        if activation_bytes(policy.model) * needed > room:
+        short = activation_bytes(policy.model) * needed > room
+        if short and agree is not None:
+            recomputation.set_all("layer" if recomputation.knows(0, "layer") else "mlp")
+            log.info("%s (by an estimate: there is room for %s)", recomputation, size(room))
+        elif short:
             kept = count(policy, recomputation)
             modes = kept.choose(needed, longest, room)
             whole = kept.bytes(list(recomputation.modes), needed, longest)
@@ -97,25 +105,30 @@ def choose_pass(
                 "%s (a pass of %s tokens would take %s, there is room for %s)",
                 recomputation,
                 f"{needed:,}",
-                _size(whole),
-                _size(room),
+                size(whole),
+                size(room),
             )
             if (least := kept.bytes(modes, needed, longest)) > room:
                 log.warning(
                     "memory is short all the same: %s; gradient_checkpointing: offload keeps least on a GPU, and a "
                     "shorter sequence_len needs less",
-                    _size(least),
+                    size(least),
                 )
             if asked is None:
                 most = min(step_tokens, CPU_TOKENS) if device.type == "cpu" else step_tokens
                 tokens = kept.tokens(modes, longest, room, most)
-                return Budget(tokens, f"{_size(room)} of room, counted")
+                return Budget(tokens, f"{size(room)} of room, counted")
         else:
             log.info("%s, memory suffices", recomputation)
     if asked is not None:
         return Budget(asked, "max_tokens_per_pass")
     return choose_budget(
-        policy.model, device, longest=longest, step_tokens=step_tokens, run_pass=run_pass
+        policy.model,
+        device,
+        free=free,
+        longest=longest,
+        step_tokens=step_tokens,
+        run_pass=run_pass if agree is None else None,
     )
 
 
@@ -125,7 +138,8 @@ def choose_budget(
     *,
     longest: int,
     step_tokens: int,
-    run_pass: Callable[[], int],
+    run_pass: Callable[[], int] | None,
+    free: int | None = None,
 ) -> Budget:
     """The most tokens for a pass of a model that is loaded, before its optimizer has any state.
 
@@ -133,13 +147,13 @@ def choose_budget(
         longest: tokens of the longest document, which a pass has to hold whatever memory says.
         step_tokens: what the largest optimizer step needs; more would do nothing.
         run_pass: runs one pass of about `PROBE_TOKENS`, forward and backward, leaves no trace of it, and says
-            how many tokens it had. Called on CUDA only.
+            how many tokens it had. Called on CUDA only; None where it cannot be.
+        free: bytes of memory; None: what there is now.
     """
     if step_tokens <= longest:
         return Budget(longest, "the longest document")
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    free = free_memory(device) - _OPTIMIZER_BYTES * trained
-    if device.type == "cuda":
+    free = (free_memory(device) if free is None else free) - _OPTIMIZER_BYTES * _trained(model)
+    if device.type == "cuda" and run_pass is not None:
         try:
             per_token, how, share = _measured(device, run_pass), "measured", _SHARE_MEASURED
         except torch.OutOfMemoryError:
@@ -158,6 +172,12 @@ def choose_budget(
     return Budget(tokens, why) if tokens > longest else Budget(longest, "the longest document")
 
 
+def _trained(model: nn.Module) -> int:
+    """Trained numbers that this process holds."""
+    held = (p.to_local() if hasattr(p, "to_local") else p for p in model.parameters() if p.requires_grad)
+    return sum(getattr(p, "ds_tensor", p).numel() for p in held)
+
+
 def activation_bytes(model: PreTrainedModel) -> int:
     """Bytes that a decoder keeps for its backward pass, for each token, estimated from its linear layers.
 
@@ -173,7 +193,7 @@ def activation_bytes(model: PreTrainedModel) -> int:
     return int((kept + inside) * hidden.element_size())
 
 
-def _size(size: float) -> str:
+def size(size: float) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
@@ -187,7 +207,8 @@ def _mode_of(layer: nn.Module, decoder: nn.Module) -> Mode:
 def _linear_widths(layer: nn.Module, model: PreTrainedModel) -> int:
     """Inputs and outputs of a layer's matrix multiplies; of experts, of as many as a token meets."""
     chosen = getattr(text_config_of(model), "num_experts_per_tok", None) or 1
-    total = sum(chosen * sum(p.shape[1:]) for p in layer.parameters() if p.dim() == 3)
+    shapes = [getattr(p, "ds_shape", p.shape) for p in layer.parameters()]  # the whole one's, where DeepSpeed has it
+    total = sum(chosen * sum(shape[1:]) for shape in shapes if len(shape) == 3)
     for module in layer.modules():
         weight = getattr(module, "weight", None)
         if hasattr(module, "in_features"):  # a quantised weight's own shape says nothing

@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -66,7 +66,7 @@ class Reference:
             copies: false keeps no starting values, for a reference that is asked before anything is trained only.
         """
         off = [adapter for adapter in adapters(model).values() if adapter.idle()]
-        starts = [(p, p.detach().clone()) for p in needed(model, off)] if copies else []
+        starts = [(p, _live(p).detach().clone()) for p in needed(model, off)] if copies else []
         return cls(model, off, starts)
 
     @property
@@ -90,7 +90,7 @@ class Reference:
         the last bit, also if something is raised."""
         training = [module for module in self.model.modules() if module.training]
         enabled = [adapter.enabled for adapter in self.off]
-        live = [parameter.data for parameter, _ in self.starts]
+        live = [_live(parameter) for parameter, _ in self.starts]
         try:
             for module in training:
                 module.training = False
@@ -110,13 +110,32 @@ class Reference:
         """Other storage into the parameters; copies that are kept of them by their version are made anew."""
         parameters = [parameter for parameter, _ in self.starts]
         for parameter, value in zip(parameters, values, strict=True):
-            parameter.data = value
+            share = _share(parameter)
+            if share is None:
+                parameter.data = value
+                continue
+            if hasattr(parameter, "ds_tensor"):
+                cast(Any, parameter).partition()  # what is gathered of it has the other values
+            share.copy_(value)
         torch.autograd.graph.increment_version(parameters)
 
     def fingerprint(self) -> str:
         """A hash of all that the reference computes with: the same in a run with other adapters on the same base."""
         with self.active():
             return fingerprint(self.model, self.off)
+
+
+def _share(parameter: Any) -> torch.Tensor | None:
+    """Where this process's share of a parameter lies, if it has a share of it only (a DTensor, or what DeepSpeed keeps
+    beside it): what gathers it knows that memory."""
+    if hasattr(parameter, "ds_tensor"):
+        return cast(torch.Tensor, parameter.ds_tensor)
+    return cast(torch.Tensor, parameter.detach()) if hasattr(parameter, "placements") else None
+
+
+def _live(parameter: torch.Tensor) -> torch.Tensor:
+    share = _share(parameter)
+    return parameter.data if share is None else share.clone()
 
 
 def needed(model: nn.Module, off: Collection[Adapter]) -> list[nn.Parameter]:
@@ -132,6 +151,7 @@ def fingerprint(model: PreTrainedModel, without: Collection[Adapter] = ()) -> st
 
     Where its files lie makes no difference. Weights are read once, on their device, two integers of each are brought
     to the host.
+    Of weights that are shared out over processes it is of this one's shares.
 
     Args:
         without: adapters that are left out, since they are off.
@@ -163,7 +183,8 @@ def _computed(values: Any) -> Any:
 
 def _stored(tensor: Any) -> dict[str, torch.Tensor]:
     """A parameter's own numbers, and those that bitsandbytes keeps beside it."""
-    found: dict[str, Any] = {"": tensor.data}
+    own: Any = _filled(tensor) if hasattr(tensor, "ds_tensor") else tensor.data
+    found: dict[str, Any] = {"": own.to_local() if hasattr(own, "placements") else own}
     states = {"": getattr(tensor, "quant_state", None)}
     if states[""] is not None:
         states["second "] = states[""].state2
@@ -172,6 +193,13 @@ def _stored(tensor: Any) -> dict[str, torch.Tensor]:
             found |= {f"{which}{key}": getattr(state, key) for key in ("absmax", "code", "offset")}
     found["scales"] = getattr(tensor, "SCB", None)
     return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+def _filled(parameter: Any) -> torch.Tensor:
+    """What DeepSpeed keeps of a parameter in this process, without what fills it up behind the parameter's end."""
+    share = parameter.ds_tensor.view(-1)
+    start = torch.distributed.get_rank() * share.numel()
+    return cast(torch.Tensor, share[: max(0, parameter.ds_numel - start)])
 
 
 def _two_sums(tensor: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from luthier.config import Config
-from luthier.errors import ModelError
+from luthier.errors import ConfigError, ModelError
 from luthier.models import adapter_files, quantize
 from luthier.models.assemble import Found, find, load_base, make_ready, open_for_inference, tokenizer_of
 from luthier.models.load import embeddings_of
@@ -42,6 +42,8 @@ _OF_BASE = (
     "bnb_4bit_quant_type",
     "bnb_4bit_use_double_quant",
 )
+
+
 @dataclass(frozen=True)
 class Target:
     """What goes by a name: `adapter` is what its texts' rows ask for (None: the model as it is loaded)."""
@@ -104,8 +106,8 @@ def open_several(
         names: in the order of the paths; none: those of the folders.
 
     Raises:
-        ModelError: nothing loadable there, two of one name, different bases or tokens, or an adapter that changes more
-            than linear layers.
+        ConfigError: two of one name, or names that are not one for each. ModelError: nothing loadable there, different
+            bases or tokens, or an adapter that changes more than linear layers.
     """
     called = _named(paths, names)
     if len(paths) == 1:
@@ -129,7 +131,8 @@ def open_several(
         if len(adapted) < len(found):
             log.info("the base answers as the adapters were trained on it: quantised")
     make_ready(model)
-    log.info("%d adapters on one base, %s, none of them merged", len(adapted), first.base)
+    count = len(adapted)
+    log.info("%d adapter%s on one base, %s, none of them merged", count, "s"[: count != 1], first.base)
     return Several(
         model,
         [
@@ -142,11 +145,15 @@ def open_several(
 
 def _named(paths: Sequence[str], names: Sequence[str]) -> list[str]:
     if names and len(names) != len(paths):
-        raise ModelError(f"{len(names)} names for {len(paths)} models: name all of them or none")
+        counted = f"{len(names)} name{'s'[: len(names) != 1]} for {len(paths)} model{'s'[: len(paths) != 1]}"
+        raise ConfigError(f"{counted}: name all of them, in their order, or none")
+    if any(not name.strip() for name in names):
+        raise ConfigError("a name is empty: clients ask for a model by its name (--name)")
     called = list(names) or [name_of(path) for path in paths]
     twice = next((name for name in called if called.count(name) > 1), None)
     if twice is not None:
-        raise ModelError(f"two models are called {twice!r}: name them all, in their order (--name ... --name ...)")
+        each = "give each a name of its own" if names else "name them all, in their order (--name ... --name ...)"
+        raise ConfigError(f"two models are called {twice!r}: {each}")
     return called
 
 
@@ -169,8 +176,11 @@ def _check_bases(paths: Sequence[str], found: Sequence[Found]) -> None:
     first_path, first = adapted[0]
     for path, one in zip(paths, found, strict=True):
         if _resolved(one.base) != _resolved(first.base):
-            what = "is on" if one.is_adapter else "is"
-            raise ModelError(f"{first_path} is on {first.base}, and {path} {what} {one.base}: {APART}")
+            what = f"is on {one.base}" if one.is_adapter else "is a model by itself"
+            if one.folder is None:
+                what = "is no folder here, and no adapter on the hub that could be fetched"
+            mend = "check the path, or " if one.folder is None else ""
+            raise ModelError(f"{first_path} is on {first.base}, and {path} {what}: {mend}{APART}")
         own, other = one.loading.flat(), first.loading.flat()
         differing = [key for key in _OF_BASE if own.get(key) != other.get(key)] if one.is_adapter else []
         if differing:

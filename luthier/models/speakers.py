@@ -8,7 +8,7 @@ kernels of their own).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -20,6 +20,7 @@ from luthier.models.frozen import FrozenLinear
 
 APART = "start one server for each, or merge them first (`luthier merge-lora`)"
 
+# Rows of a layer's input: a stretch of them, their places (int64), or a column that is true for all others.
 Tokens = slice | torch.Tensor
 
 
@@ -39,6 +40,17 @@ class Speakers:
         """Inside, a pass is of texts of these adapters (None: the base), each of so many tokens, end to end."""
         ones = [1] * len(names)
         self._rows = {} if not any(names) else {n: self._places(names, per) for n, per in _sizes(lengths, ones)}
+        try:
+            yield
+        finally:
+            self._rows = {}
+
+    @contextmanager
+    def marked(self, others: Mapping[str, torch.Tensor]) -> Iterator[None]:
+        """Inside, a pass has a token of each text, and of each adapter `others`, (rows, 1) boolean, is true where a row
+        is not its own: a pass that may be captured once and replayed for whoever speaks then, since every adapter
+        named multiplies all rows."""
+        self._rows = {next(iter(others.values())).shape[0]: dict(others)} if others else {}
         try:
             yield
         finally:
@@ -110,5 +122,7 @@ class SeveralLinear(FrozenLinear):
             a, b = self.added[name]
             if isinstance(tokens, slice):
                 sums[tokens].addmm_(flat[tokens] @ a, b)
+            elif tokens.dtype == torch.bool:
+                sums.addmm_((flat @ a).masked_fill(tokens, 0), b)
             else:
                 sums.index_add_(0, tokens, (flat.index_select(0, tokens) @ a) @ b)

@@ -195,7 +195,8 @@ class KTO:
         policy.eval()
         try:
             for batch in mismatched:
-                total = total + guarded(batch, partial(self._ratio, policy, batch))
+                ratio = guarded(batch, partial(self._ratio, policy, batch))
+                total = total if batch.spare else total + ratio
         except Exception:
             self.add_up(total * torch.nan)  # the other processes wait for it
             raise

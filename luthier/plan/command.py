@@ -15,7 +15,9 @@ from luthier.errors import ConfigError, LuthierError
 
 if TYPE_CHECKING:
     from luthier.plan.cards import Card
+    from luthier.plan.links import Links
     from luthier.plan.plan import Plan
+    from luthier.plan.strategies import Scaling
     from luthier.plan.work import Work
 
 
@@ -33,7 +35,14 @@ def command(
     ] = None,
     price_per_hour: Annotated[float | None, typer.Option(min=0, help="Of the card, for the cost.")] = None,
     fit: Annotated[bool, typer.Option("--fit", help="Say what the given cards can train, instead.")] = False,
-    num_gpus: Annotated[int | None, typer.Option(min=1, help="With --fit: how many cards.")] = None,
+    num_gpus: Annotated[int | None, typer.Option(min=1, help="How many cards share the run; also with --fit.")] = None,
+    interconnect: Annotated[
+        str | None,
+        typer.Option(help="What joins them: nvlink, pcie4, ..., 450GB/s; between machines too: nvlink,infiniband."),
+    ] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=1, help="How many of --num-gpus are in one machine; default: all.")
+    ] = None,
     family: Annotated[str | None, typer.Option(help="With --fit: models to try, such as llama-3, qwen3.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
@@ -49,25 +58,33 @@ def command(
             ("--measured", measured),
             ("--mfu", mfu),
             ("--price-per-hour", price_per_hour),
+            ("--interconnect", interconnect),
+            ("--gpus-per-node", gpus_per_node),
         ):
             if unread is not None:
                 raise ConfigError(f"{name} does nothing with --fit, which says what fits and not how long it takes")
         print(_fit(loaded, card, num_gpus or 1, family, as_json=as_json))
         return
-    for name, value in (("--num-gpus", num_gpus), ("--family", family)):
-        if value is not None:
-            raise ConfigError(f"{name} goes with --fit, which says what given cards can train")
+    if family is not None:
+        raise ConfigError("--family goes with --fit, which says what given cards can train")
+    gpus = num_gpus or 1
+    for name, value in (("--interconnect", interconnect), ("--gpus-per-node", gpus_per_node)):
+        if value is not None and gpus == 1:
+            raise ConfigError(f"{name} is about several GPUs: say with --num-gpus how many there are")
+    links = _links(loaded, card, gpus, interconnect, gpus_per_node)
     stated = {"--tokens-per-second": tokens_per_second, "--measured": measured, "--mfu": mfu}
     if len(given := [name for name, value in stated.items() if value is not None]) > 1:
         raise ConfigError(f"{' and '.join(given)} say the same in two ways; keep one")
     if mfu is not None and (card is None or card.tflops is None):
         raise ConfigError("--mfu is a share of a card's multiply peak: name the card with --gpu")
-    plan = plan_of(loaded, card, tokens=tokens, rows=rows)
-    speed = _speed(plan, tokens_per_second, measured, mfu, price_per_hour)
+    plan = plan_of(loaded, card, tokens=tokens, rows=rows, gpus=gpus)
+    speed = _speed(plan, tokens_per_second, measured, mfu)
+    scaling = _scaling(loaded, plan, speed, links, gpus) if links is not None else None
+    speed = _cost(plan, speed, price_per_hour, scaling)
 
     from luthier.plan import text
 
-    print(json.dumps(text.as_json(plan, speed), indent=2) if as_json else text.as_text(plan, speed))
+    print(json.dumps(text.as_json(plan, speed, scaling), indent=2) if as_json else text.as_text(plan, speed, scaling))
 
 
 def _check_stated(config: Config, tokens: int | None, rows: int | None) -> None:
@@ -83,11 +100,14 @@ def _check_stated(config: Config, tokens: int | None, rows: int | None) -> None:
         )
 
 
-def plan_of(config: Config, card: Card | None, *, tokens: int | None = None, rows: int | None = None) -> Plan:
+def plan_of(
+    config: Config, card: Card | None, *, tokens: int | None = None, rows: int | None = None, gpus: int = 1
+) -> Plan:
     """The plan of a config.
 
     Args:
-        tokens, rows: of one epoch, where the data is not to be read.
+        tokens, rows: of one epoch, where the data is not to be read. gpus: how many share the run; the plan's memory is
+            that of one of them.
 
     Raises:
         ModelError: no config.json, or a model that cannot be planned for.
@@ -120,15 +140,15 @@ def plan_of(config: Config, card: Card | None, *, tokens: int | None = None, row
         named = [f"{tokens:,} tokens"] if tokens else []
         named += [f"{rows:,} {unit_of(config.preference.rl)}"] if rows else []
         assumed = f"; {_prompts_assumed(config)}" if config.preference.rl else ""
-        work = work_stated(config, tokens, rows, f"{' in '.join(named)}, as stated{assumed}")
+        work = work_stated(config, tokens, rows, f"{' in '.join(named)}, as stated{assumed}", gpus)
     else:
-        work, vocabulary = _work(config)
+        work, vocabulary = _work(config, gpus)
     shape = training_shape(config, model_config, tokens=vocabulary)
-    engine = engine_of(config, model_config, shape, card, cpu=on_cpu(config))
+    engine = engine_of(config, model_config, shape, card, cpu=on_cpu(config), gpus=gpus)
     return make_plan(config, model_config, shape, engine, work, card, tokens=vocabulary)
 
 
-def _work(config: Config) -> tuple[Work, int]:
+def _work(config: Config, gpus: int) -> tuple[Work, int]:
     """From the data where it is at hand, and the tokenizer's size; otherwise says what is assumed."""
     from luthier.data.tokenizer import load_tokenizer
     from luthier.plan.work import work_from_data, work_stated
@@ -141,12 +161,12 @@ def _work(config: Config) -> tuple[Work, int]:
     paths = [entry.path.split("#")[0] for entry in (*config.data.datasets, *config.data.test_datasets)]
     far = [path for path in paths if not Path(path).expanduser().exists() and not any(c in path for c in "*?[")]
     if far:
-        return work_stated(config, None, None, f"{', '.join(far)} not on this machine, not read: {assumed}"), 0
+        return work_stated(config, None, None, f"{', '.join(far)} not on this machine, not read: {assumed}", gpus), 0
     try:
         tokenizer = load_tokenizer(config)
     except LuthierError as error:
-        return work_stated(config, None, None, f"not read ({error}): {assumed}"), 0
-    return work_from_data(config, tokenizer), len(tokenizer)
+        return work_stated(config, None, None, f"not read ({error}): {assumed}", gpus), 0
+    return work_from_data(config, tokenizer, gpus), len(tokenizer)
 
 
 def _prompts_assumed(config: Config) -> str:
@@ -185,10 +205,32 @@ def _fit(config: Config, card: Card | None, cards: int, family: str | None, *, a
     return text.fit_text(found, card, cards, config.data.sequence_len, settings, pairs=pairs)
 
 
-def _speed(
-    plan: Plan, stated: float | None, measured: Path | None, mfu: float | None, price: float | None
-) -> dict[str, Any]:
-    """Work, speed, hours and cost as far as they can be known, and where the speed is from."""
+def _links(
+    config: Config, card: Card | None, gpus: int, interconnect: str | None, per_node: int | None
+) -> Links | None:
+    """What joins the GPUs of a run on several; None on one."""
+    from luthier.plan.links import links_of
+    from luthier.plan.read import on_cpu
+
+    if gpus == 1:
+        return None
+    if config.training.optimizer_in_backward:
+        raise ConfigError(
+            f"optimizer_in_backward takes steps before the gradients of all {gpus} GPUs are added up: leave it out, or "
+            "plan for one"
+        )
+    return links_of(interconnect, card, gpus, per_node, cpu=on_cpu(config))
+
+
+def _scaling(config: Config, plan: Plan, speed: dict[str, Any], links: Links, gpus: int) -> Scaling:
+    from luthier.plan.strategies import compare
+
+    rate = speed["tokens_per_second"] * speed["flops_per_token"] if "tokens_per_second" in speed else None
+    return compare(config, plan.shape, plan.engine, plan.work, plan.card, links, gpus, rate)
+
+
+def _speed(plan: Plan, stated: float | None, measured: Path | None, mfu: float | None) -> dict[str, Any]:
+    """Work and speed of one device as far as they can be known, and where the speed is from."""
     from luthier.plan.work import USUAL_MFU, flops_per_token, measured_speed
 
     flops = flops_per_token(plan.shape, plan.work, plan.engine)
@@ -208,10 +250,25 @@ def _speed(
         source += ", an assumption: --mfu" if mfu is None else ""
     else:
         return {**found, "why_not": "give --tokens-per-second, --measured RUN, or a --gpu whose peak is known"}
-    found |= {"tokens_per_second": speed, "from": source}
+    return {**found, "tokens_per_second": speed, "from": source}
+
+
+def _cost(plan: Plan, speed: dict[str, Any], price: float | None, scaling: Scaling | None) -> dict[str, Any]:
+    """The same for all devices, with hours and cost."""
+    found = dict(speed)
+    if "tokens_per_second" not in found:
+        return found
+    if scaling is not None and scaling.chosen.share is not None:
+        found["tokens_per_second"] = scaling.chosen.tokens_per_second
+        of_each = "each as stated" if found["from"] == "as stated" else f"each {found['from']}"
+        found["from"] = (
+            f"{scaling.gpus} GPUs, {of_each}, {scaling.chosen.share:.1%} of the time in communication: "
+            f"{scaling.chosen.strategy.name}"
+        )
     if plan.work.tokens is None:
         return {**found, "why_not": "the number of tokens is not known: --tokens"}
-    found["hours"] = plan.work.tokens / speed / 3600
+    found["hours"] = plan.work.tokens / found["tokens_per_second"] / 3600
     if price is not None:
-        found |= {"price_per_hour": price, "cost": price * found["hours"]}
+        gpus = 1 if scaling is None else scaling.gpus
+        found |= {"price_per_hour": price, "cost": price * gpus * found["hours"]}
     return found

@@ -17,6 +17,41 @@ BY_LAYER: tuple[Mode, ...] = ("layer", "offload")
 
 
 @dataclass(frozen=True)
+class Sharding:
+    """How a model's state lies on several devices, each of which has passes of its own.
+
+    Under FSDP2 a model that is trained itself lies there as fp32 shards, which are the masters as well; beside an
+    adapter only what is frozen is spread. ZeRO spreads what is trained, frozen weights in stage 3 only.
+
+    Attributes:
+        over: devices that share one copy of what is spread.
+        stage: what is spread, as Rajbhandari et al. (2020) count it: 1 the optimizer's state with the fp32 copies of
+            weights, 2 gradients too, 3 weights too.
+        fsdp: by FSDP2, in stage 3.
+        reshard: whether gathered layers are let go between forward and backward.
+        offload: what is spread waits in host memory.
+        live: weights that ZeRO-3 lets be gathered at a time before it lets go of any. bucket: gradients in each buffer
+            that ZeRO sums in.
+    """
+
+    over: int = 1
+    stage: int = 0
+    fsdp: bool = False
+    reshard: bool = True
+    offload: bool = False
+    live: int = 0
+    bucket: int = 0
+
+    @property
+    def buckets(self) -> int:
+        """Numbers in all buffers that ZeRO sums gradients in: in stages 1 and 2 one is filled while one is sent."""
+        return self.bucket * (2 if self.stage < 3 else 1)
+
+
+WHOLE = Sharding()
+
+
+@dataclass(frozen=True)
 class Engine:
     """How a model is trained, as far as memory goes.
 
@@ -32,7 +67,7 @@ class Engine:
             formed there; otherwise its logits are computed again in backward.
         reference: each step asks a reference model about its rows. moved: its adapters begin where they change
             something, so that turning them off is not the reference, and it keeps a copy of them.
-        cards: weights, gradients and optimizer are spread evenly over as many (FSDP's full sharding).
+        sharding: how all of it lies on several devices.
     """
 
     compute: int = 2
@@ -52,7 +87,14 @@ class Engine:
     weighted: bool = True
     reference: bool = False
     moved: bool = False
-    cards: int = 1
+    sharding: Sharding = WHOLE
+
+    def share(self, stage: int) -> float:
+        """The part of what is spread from this stage on that lies in a device's own memory."""
+        sharding = self.sharding
+        if sharding.over == 1 or sharding.stage < stage:
+            return 1.0
+        return 0.0 if sharding.offload else 1 / sharding.over
 
     def mode(self, index: int) -> Mode:
         """Of one layer."""

@@ -57,10 +57,13 @@ class PeakWatch:
     """Notes what a run does, from before its model is loaded until its end.
 
     Args:
-        vocabulary: size of the tokenizer.
+        vocabulary: size of the tokenizer. processes: how many share the run.
     """
 
-    def __init__(self, config: Config, device: torch.device, dtype: torch.dtype, vocabulary: int) -> None:
+    def __init__(
+        self, config: Config, device: torch.device, dtype: torch.dtype, vocabulary: int, processes: int = 1
+    ) -> None:
+        self.processes = processes
         self.config, self.device, self.dtype, self.vocabulary = config, device, dtype, vocabulary
         self.before = 0.0 if device.type == "cuda" else _resident_gib()
         self.earlier = 0.0 if device.type == "cuda" else peak_memory_gib(device)
@@ -72,7 +75,9 @@ class PeakWatch:
 
         def note(module: Any, args: tuple[Any, ...]) -> None:
             if self.beside is None and self.before:  # the first pass of all, where the reference's copy is there
-                held = sum(p.nbytes for p in module.parameters()) / 2**30
+                # Of what is shared out over processes, this one's share.
+                own = (p.to_local() if hasattr(p, "to_local") else p for p in module.parameters())
+                held = sum(p.nbytes for p in own) / 2**30
                 self.beside = _resident_gib() - held
             if not (module.training and torch.is_grad_enabled()):
                 return
@@ -98,7 +103,7 @@ class PeakWatch:
         except Exception as error:  # a family that the plan cannot read must not cost a run that has ended
             log.info("peak memory was not predicted: %s: %s", type(error).__name__, error)
             return None
-        engine = engine_of(config, model_config, shape, None, cpu=self.device.type == "cpu")
+        engine = engine_of(config, model_config, shape, None, cpu=self.device.type == "cpu", gpus=self.processes)
         compute = self.dtype.itemsize
         frozen = min(engine.frozen, compute)
         engine = replace(engine, compute=compute, frozen=frozen, modes=tuple(modes))

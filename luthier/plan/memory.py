@@ -29,10 +29,14 @@ from luthier.models.attention import REMEMBERED_FLOATS
 from luthier.plan.engine import BY_LAYER, Engine, Pass
 from luthier.plan.optimizers import state_bytes, temporary_bytes
 from luthier.plan.shape import Layer, Shape
+from luthier.plan.weights import (
+    gathered_bytes,
+    masters_are_shards,
+    trained_outside,
+    trained_stays_whole,
+    weight_bytes,
+)
 
-# Bytes of a number in NF4 with double quantisation: half a byte, an 8-bit scale for each block of 64, and an fp32
-# scale for each 256 of those (Dettmers et al. 2023, section 3). Without the second step the scales are fp32.
-NF4_BYTES, NF4_SINGLE_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256), 0.5 + 4 / 64
 # Layers' inputs on the device while the others wait in host memory: one in use, one on its way.
 IN_FLIGHT = 2
 # Most tokens that a search looks at.
@@ -86,42 +90,41 @@ def largest(fits: Callable[[int], bool]) -> int:
     return low
 
 
-def weight_bytes(shape: Shape, engine: Engine) -> float:
-    """The model's own weights as they lie on the device."""
-    others = shape.total - shape.adapters - shape.linear - shape.trained_16
-    return (
-        shape.trained_16 * engine.compute + others * engine.frozen + _linear_bytes(shape, engine)
-    ) / engine.cards
-
-
-def _linear_bytes(shape: Shape, engine: Engine) -> float:
-    if engine.quantised is None:
-        return shape.linear * engine.frozen
-    if engine.quantised == "4bit":
-        return shape.linear * (NF4_BYTES if engine.double else NF4_SINGLE_BYTES)
-    return shape.linear + 4 * shape.linear_rows  # a byte each, and a scale for each output
-
-
-def _base(shape: Shape, engine: Engine) -> Memory:
-    """What is there at every moment."""
+def _base(shape: Shape, engine: Engine, *, gathered: float = 0.0) -> Memory:
+    """What is there at every moment; `gathered`: bytes of weights beside the device's own."""
     narrow = engine.compute < 4
     copies = engine.compute * shape.adapters if narrow else 0
-    masters = 4 * shape.trained_16 if narrow and engine.masters else 0
+    masters = 4 * shape.trained_16 if narrow and engine.masters and not masters_are_shards(shape, engine) else 0
+    if engine.sharding.stage and not engine.sharding.fsdp:  # DeepSpeed steps on fp32 copies of whatever is trained
+        masters = 4 * (shape.trained_16 + shape.adapters)
     state = state_bytes(engine.optimizer, shape, momentum=engine.momentum)
-    gathered = 2 * shape.largest_layer * engine.frozen if engine.cards > 1 else 0.0
     reading = engine.quantised is not None or engine.frozen < engine.compute
     unpacked = engine.compute * shape.largest_linear if reading else 0
     return Memory(
-        weights=weight_bytes(shape, engine),
-        adapters=(4 * shape.adapters + copies + engine.compute * shape.stacked) / engine.cards,
+        weights=weight_bytes(shape, engine) + gathered,
+        adapters=4 * shape.adapters + copies + engine.compute * shape.stacked,
         gradients=0.0,
-        optimizer=(masters + state) / engine.cards,
+        optimizer=_spread(shape, engine, 1) * (masters + state),
         activations=0.0,
         head=0.0,
-        workspace=gathered + unpacked,
+        workspace=unpacked + _buckets(engine, 3),
         reference=starting_values(shape, engine),
         moment="",
     )
+
+
+def _in_pass(shape: Shape, engine: Engine, *, after_forward: bool = True) -> Memory:
+    return _base(shape, engine, gathered=gathered_bytes(shape, engine, after_forward=after_forward))
+
+
+def _spread(shape: Shape, engine: Engine, stage: int) -> float:
+    """The part of a device's own of what is made for trained parameters."""
+    return 1.0 if engine.sharding.fsdp and trained_stays_whole(shape, engine) else engine.share(stage)
+
+
+def _buckets(engine: Engine, *stages: int) -> float:
+    """Bytes of the fp32 buffers that ZeRO in one of these stages sums gradients in; stage 3 always has its own."""
+    return 4 * engine.sharding.buckets if engine.sharding.stage in stages else 0.0
 
 
 def starting_values(shape: Shape, engine: Engine) -> float:
@@ -129,12 +132,23 @@ def starting_values(shape: Shape, engine: Engine) -> float:
     if not engine.reference:
         return 0.0
     adapters = 4 * shape.adapters if engine.moved else 0
-    return (engine.compute * shape.trained_16 + adapters) / engine.cards
+    return _spread(shape, engine, 3) * (engine.compute * shape.trained_16 + adapters)
 
 
 def _gradients(shape: Shape, engine: Engine) -> float:
     together = shape.largest_trained if engine.in_backward else shape.adapters + shape.trained_16
-    return 4 * together / engine.cards
+    return 4 * together * _spread(shape, engine, 2)
+
+
+def _unreduced(shape: Shape, engine: Engine, *, at_end: bool = False) -> float:
+    """Bytes of gradients in backward before they are summed over devices and each keeps its part. FSDP2 holds those of
+    the layer that is due in the compute dtype and, on their way, in fp32; those outside of layers wait for the end."""
+    if not engine.sharding.fsdp or trained_stays_whole(shape, engine):
+        return _buckets(engine, 1, 2)
+    outside = trained_outside(shape)
+    if at_end:
+        return (engine.compute + 4) * outside
+    return engine.compute * outside + (engine.compute + 4) * max(layer.trained for layer in shape.layers)
 
 
 def activations(shape: Shape, engine: Engine, one: Pass) -> float:
@@ -199,7 +213,7 @@ def _grown(shape: Shape, engine: Engine, one: Pass) -> float:
 
 
 def _forward(shape: Shape, engine: Engine, one: Pass) -> Memory:
-    base = _base(shape, engine)
+    base = _in_pass(shape, engine)
     row = one.labels * shape.hidden * engine.compute
     widened = _widened(shape, engine)
     if shape.head_trained and not engine.weighted:
@@ -226,7 +240,7 @@ def _head_backward(shape: Shape, engine: Engine, one: Pass) -> Memory:
         # Logits that are made again, their softmax, and their gradient from both terms of a log-prob.
         head = 2 * row + of_weight + _plain_logits(shape, engine, one, copies=4)
     return replace(
-        _base(shape, engine),
+        _in_pass(shape, engine),
         gradients=_grown(shape, engine, one),
         activations=activations(shape, engine, one),
         head=head,
@@ -236,7 +250,7 @@ def _head_backward(shape: Shape, engine: Engine, one: Pass) -> Memory:
 
 def _reference(shape: Shape, engine: Engine, one: Pass) -> Memory:
     """The logits of the reference's forward pass, which keeps nothing and comes before the policy's."""
-    base = _base(shape, engine)
+    base = _in_pass(shape, engine)
     widened = _widened(shape, engine)
     return replace(
         base,
@@ -269,15 +283,17 @@ def _widened(shape: Shape, engine: Engine) -> int:
 
 
 def _backward(shape: Shape, engine: Engine, one: Pass) -> Memory:
-    base, last = _base(shape, engine), len(shape.layers) - 1
+    base, last = _in_pass(shape, engine), len(shape.layers) - 1
     kept, index = activations(shape, engine, one), max(0, last - 1)
     if last > 0 and engine.mode(last) not in BY_LAYER:
         kept -= _kept(shape, engine, one, last)
     if engine.mode(index) in BY_LAYER:
         kept += _kept(shape, engine, one, index, whole=True)
+    waiting = _unreduced(shape, engine)
+    gradients = _grown(shape, engine, one) + waiting
     return replace(
         base,
-        gradients=_grown(shape, engine, one) or _head_gradient(shape, engine),
+        gradients=gradients or _head_gradient(shape),
         activations=kept,
         workspace=base.workspace + _beside(shape, engine, one, index),
         moment="backward of a layer",
@@ -298,22 +314,23 @@ def _beside(shape: Shape, engine: Engine, one: Pass, index: int) -> float:
     return engine.compute * (one.tokens * (layer.passing + remade) + max(one.tokens * layer.attending, inner))
 
 
-def _head_gradient(shape: Shape, engine: Engine) -> float:
-    return 4 * shape.head / engine.cards if shape.head_trained else 0
+def _head_gradient(shape: Shape) -> float:
+    return 4 * shape.head if shape.head_trained else 0
 
 
 def _backward_done(shape: Shape, engine: Engine, one: Pass) -> Memory:
-    base = _base(shape, engine)
+    base = _in_pass(shape, engine, after_forward=False)
     kept = _kept(shape, engine, one, 0, whole=engine.mode(0) in BY_LAYER)
     # A gradient is taken as it comes, but for that of embeddings which the head has given one, and for 16-bit ones,
     # which are added to fp32 ones.
     joined = shape.tied and shape.input_trained and shape.head_trained
     passing = engine.compute * shape.vocabulary * shape.hidden if joined else 0
-    if engine.compute < 4 and shape.trained_16:
+    waiting = _unreduced(shape, engine, at_end=True)
+    if engine.compute < 4 and shape.trained_16 and not waiting:
         passing += engine.compute * shape.largest_trained
     return replace(
         base,
-        gradients=_gradients(shape, engine),
+        gradients=_gradients(shape, engine) + waiting,
         activations=kept + one.tokens * shape.hidden * engine.compute,
         workspace=base.workspace + max(passing, _beside(shape, engine, one, 0)),
         moment="end of backward",
@@ -325,7 +342,7 @@ def _step(shape: Shape, engine: Engine) -> Memory:
     return replace(
         _base(shape, engine),
         gradients=_gradients(shape, engine),
-        workspace=temporary / engine.cards,
+        workspace=_buckets(engine, 3) + temporary * _spread(shape, engine, 1),
         moment="optimizer step",
     )
 

@@ -12,7 +12,7 @@ from luthier.models.attention import REMEMBERED_FLOATS
 from luthier.models.memory import CPU_TOKENS, FULL_SPEED_ELSEWHERE, FULL_SPEED_TOKENS
 from luthier.models.recompute import MODES, Mode
 from luthier.plan.cards import Card
-from luthier.plan.engine import Engine, Pass
+from luthier.plan.engine import WHOLE, Engine, Pass, Sharding
 from luthier.plan.families import family_of, sizes
 from luthier.plan.memory import (
     Memory,
@@ -20,10 +20,10 @@ from luthier.plan.memory import (
     memory_of,
     rule_of_thumb,
     variants,
-    weight_bytes,
 )
 from luthier.plan.read import adapter_shape, engine_of, full_shape
 from luthier.plan.shape import Shape
+from luthier.plan.weights import weight_bytes
 from luthier.plan.work import Work, work_stated
 
 log = logging.getLogger("luthier")
@@ -128,11 +128,7 @@ def make_plan(
     Args:
         tokens: size of the tokenizer; 0 if it is not known.
     """
-    asked = config.precision.gradient_checkpointing
-    why = ""
-    if asked == "auto":
-        engine, why = choose_recomputation(shape, engine, work, card, config)
-    one = _chosen_pass(config, shape, engine, work, card)
+    engine, why, one = settle(config, shape, engine, work, card)
     return Plan(
         shape=shape,
         engine=engine,
@@ -145,6 +141,17 @@ def make_plan(
         recompute=why,
         lines=tuple(_lines(config, model_config, shape, engine, work, card, tokens)),
     )
+
+
+def settle(
+    config: Config, shape: Shape, engine: Engine, work: Work, card: Card | None
+) -> tuple[Engine, str, Pass]:
+    """What the run leaves to memory: how much is computed again, why (empty where the config says it), and the largest
+    pass."""
+    why = ""
+    if config.precision.gradient_checkpointing == "auto":
+        engine, why = choose_recomputation(shape, engine, work, card, config)
+    return engine, why, _chosen_pass(config, shape, engine, work, card)
 
 
 def choose_recomputation(
@@ -250,9 +257,9 @@ def fit_family(
     """All published sizes of a family, in all ways to train them, spread over `cards` of a kind; the model itself,
     where the table has no family like it.
 
-    Weights, gradients and optimizer are spread evenly, as FSDP's full sharding does; every card runs a pass of its
-    own and holds two layers' weights at a time. A pass is one document of `sequence_len`, every token trained, or one
-    pair, each side of which has as many; with `gradient_checkpointing: auto`, layers are computed again.
+    Several cards share the model as FSDP2 does (`plan.engine.Sharding`), and every card runs a pass of its own. A
+    pass is one document of `sequence_len`, every token trained, or one pair, each side of which has as many; with
+    `gradient_checkpointing: auto`, layers are computed again.
     """
     name = family or family_of(model_config)
     models = sizes(name) if name else {"this model": model_config}
@@ -265,11 +272,12 @@ def fit_family(
             return Pass(tokens, tokens, tokens, tokens**2, several=True)
         return replace(sequence_of(work, round(work.sides * tokens * work.computed)), several=True)
 
+    sharding = Sharding(cards, 3, fsdp=True) if cards > 1 else WHOLE
     found = []
     for size, described in models.items():
         full = full_shape(config, described, FreezeConfig())
         lora = adapter_shape(config, described, adapter)
-        engine = replace(engine_of(config, described, lora, card, cpu=cpu), quantised=None, cards=cards)
+        engine = replace(engine_of(config, described, lora, card, cpu=cpu), quantised=None, sharding=sharding)
         if config.precision.gradient_checkpointing == "auto":
             engine = replace(engine, recompute="layer")
         for method, (shape, how) in variants(full, lora, engine).items():

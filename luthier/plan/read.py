@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from transformers import PreTrainedModel
 
 from luthier.config import AdapterConfig, Config, FreezeConfig
 from luthier.config.preference import asks_reference_in_steps
+from luthier.config.zero import stage_of
+from luthier.errors import ConfigError
 from luthier.models.device import choose_dtype
 from luthier.models.freeze import set_trainable
 from luthier.models.load import embeddings_of
@@ -22,12 +25,14 @@ from luthier.models.recompute import TILE, Mode
 from luthier.models.skeleton import skeleton
 from luthier.models.storage import WORTH_BYTES
 from luthier.plan.cards import Card
-from luthier.plan.engine import Engine, Quantised
+from luthier.plan.engine import WHOLE, Engine, Quantised, Sharding
 from luthier.plan.shape import Shape, head_of, shape_of
 
 _16_BITS = (torch.float16, torch.bfloat16)
 # Keys of an adapter that need weights or data to begin from, and change no shape.
 _BEGINNINGS = ("peft_init_lora_weights", "loftq_config", "lora_model_dir")
+# DeepSpeed's own, where its settings say nothing: gradients in a buffer, weights gathered at a time.
+_BUCKET, _LIVE = 500_000_000, 1_000_000_000
 _MODES: dict[object, Mode] = {True: "layer", "offload": "offload"}
 
 
@@ -90,7 +95,9 @@ def on_cpu(config: Config) -> bool:
     return (device.get("") if isinstance(device, dict) else device) == "cpu"
 
 
-def engine_of(config: Config, model_config: Any, shape: Shape, card: Card | None, *, cpu: bool) -> Engine:
+def engine_of(
+    config: Config, model_config: Any, shape: Shape, card: Card | None, *, cpu: bool, gpus: int = 1
+) -> Engine:
     """How the config's run uses memory; `gradient_checkpointing: auto` as nothing recomputed (see `plan.command`)."""
     compute = compute_dtype(config, card, on_cpu=cpu).itemsize
     quantised, double = _quantised(config, model_config)
@@ -99,6 +106,7 @@ def engine_of(config: Config, model_config: Any, shape: Shape, card: Card | None
     # Where it is worth it, frozen weights stay as the checkpoint has them.
     frozen = 2 if narrow and 2 * shape.total >= WORTH_BYTES else compute
     asked = config.precision.gradient_checkpointing
+    sharding = sharding_of(config, gpus)
     return Engine(
         compute=compute,
         frozen=frozen,
@@ -116,6 +124,42 @@ def engine_of(config: Config, model_config: Any, shape: Shape, card: Card | None
         weighted=config.preference.rl is None,
         reference=asks_reference_in_steps(config.preference),
         moved=bool(config.adapter.lora_model_dir or config.adapter.loftq_config),
+        sharding=replace(sharding, offload=False) if cpu else sharding,
+    )
+
+
+def sharding_of(config: Config, gpus: int) -> Sharding:
+    """How the config's own strategy lays a model out on so many GPUs.
+
+    Raises:
+        ConfigError: sizes of hybrid sharding that do not make that number.
+    """
+    keys = config.distributed
+    if gpus == 1 or keys.strategy == "replicas":
+        return WHOLE
+    if keys.strategy == "deepspeed":
+        return zero_sharding(keys.zero, gpus)
+    copies = keys.dp_replicate_size or 1
+    over = keys.dp_shard_size or gpus // copies
+    if over * copies != gpus:
+        raise ConfigError(
+            f"dp_shard_size {over} x dp_replicate_size {copies} are {over * copies} processes, and --num-gpus says "
+            f"{gpus}: make the product the number of GPUs"
+        )
+    return Sharding(over, 3, True, keys.fsdp.reshard_after_forward, keys.fsdp.offload_params)
+
+
+def zero_sharding(settings: Mapping[str, Any], gpus: int) -> Sharding:
+    """How DeepSpeed does, by its settings."""
+    stage, zero = stage_of(settings), settings["zero_optimization"]
+    if stage == 0:
+        return WHOLE
+    return Sharding(
+        gpus,
+        stage,
+        offload=any((zero.get(name) or {}).get("device") == "cpu" for name in ("offload_optimizer", "offload_param")),
+        live=int(zero.get("stage3_max_live_parameters", _LIVE)) if stage == 3 else 0,
+        bucket=int(zero.get("reduce_bucket_size", _BUCKET)),
     )
 
 

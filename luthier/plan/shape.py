@@ -50,6 +50,8 @@ class Layer:
         passing, attending, inner: numbers in the compute dtype that backward makes beside what was kept: gradients that
             pass by, those of the attention, the width of the MLP.
         parameters: of the layer. gates: of the projections into the MLP.
+        adapters, trained: of the parameters, those of LoRA, and others that are trained. linear: in frozen linear
+            layers; linear_rows: their outputs.
     """
 
     known: bool
@@ -72,6 +74,10 @@ class Layer:
     inner: int
     parameters: int
     gates: int
+    adapters: int
+    trained: int
+    linear: int
+    linear_rows: int
 
 
 @dataclass(frozen=True)
@@ -85,8 +91,7 @@ class Shape:
         stacked: of adapters, kept side by side with those that share an input.
         linear: in frozen linear layers of the decoder, which quantisation stores in fewer bits; linear_rows: their
             outputs.
-        largest_linear: the largest of them. largest_trained: the largest trained tensor. largest_layer: parameters
-            of the largest decoder layer.
+        largest_linear: the largest of them. largest_trained: the largest trained tensor.
         trained_16: trained ones that are no adapters, and so have the compute dtype and an fp32 copy.
         hidden_matrices: of the trained ones, those in matrices inside of the network, no embeddings and no head.
             small: those in tensors of fewer than 4,096. factors: rows and columns of all trained matrices, and what is
@@ -112,7 +117,6 @@ class Shape:
     linear_rows: int
     largest_linear: int
     largest_trained: int
-    largest_layer: int
     trained_16: int
     hidden_matrices: int
     small: int
@@ -164,7 +168,6 @@ def shape_of(model: PreTrainedModel, *, fused: bool = True) -> Shape:
         linear_rows=sum(_out(m) for m in frozen),
         largest_linear=max((m.weight.numel() for m in frozen), default=0),
         largest_trained=max((p.numel() for p in trained), default=0),
-        largest_layer=max((layer.parameters for layer in layers), default=0),
         trained_16=sum(p.numel() for p in others),
         hidden_matrices=sum(p.numel() for p in trained if p.dim() == 2 and not any(p is edge for edge in edges)),
         small=sum(p.numel() for p in trained if p.numel() < SMALL),
@@ -269,7 +272,20 @@ def _layer(layer: nn.Module, config: Any, *, fused: bool) -> Layer:
         inner=inner,
         parameters=sum(p.numel() for p in layer.parameters()),
         gates=sum(cast(nn.Linear, gate).weight.numel() for gate in gates),
+        **_owned(layer),
     )
+
+
+def _owned(layer: nn.Module) -> dict[str, int]:
+    """Who the layer's parameters belong to."""
+    frozen = [m for m in _linears(layer) if not m.weight.requires_grad]
+    named = list(layer.named_parameters())
+    return {
+        "adapters": sum(p.numel() for name, p in named if p.requires_grad and ".lora_" in f".{name}"),
+        "trained": sum(p.numel() for name, p in named if p.requires_grad and ".lora_" not in f".{name}"),
+        "linear": sum(m.weight.numel() for m in frozen),
+        "linear_rows": sum(map(_out, frozen)),
+    }
 
 
 def _rescaled(module: nn.Module) -> int:
@@ -325,6 +341,7 @@ def _rough_layer(layer: nn.Module, config: Any) -> Layer:
         inner=0,
         parameters=size,
         gates=0,
+        **_owned(layer),
     )
 
 

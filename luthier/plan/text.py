@@ -8,10 +8,11 @@ from typing import Any
 from luthier.plan.cards import CONTEXT_BYTES, FILLED, Card
 from luthier.plan.engine import Engine
 from luthier.plan.plan import Fitting, Plan, fitting_as_json
+from luthier.plan.scaling_text import scaling_json, scaling_text
 from luthier.plan.shape import BESIDE_LINEARS
+from luthier.plan.strategies import Scaling
+from luthier.plan.table import gib, table
 from luthier.plan.work import Work
-
-GIB = 2.0**30
 
 _PARTS = {
     "weights": "the model's own weights",
@@ -25,8 +26,14 @@ _PARTS = {
 }
 
 
-def as_text(plan: Plan, speed: dict[str, Any] | None) -> str:
-    """The plan for a terminal; `speed` as `plan.command` makes it."""
+_SPREAD = [
+    "shared by FSDP2 (full sharding): weights, and of a model that is trained itself gradients and optimizer, evenly "
+    "over the cards; embeddings, head and two layers gathered on each"
+]
+
+
+def as_text(plan: Plan, speed: dict[str, Any] | None, scaling: Scaling | None = None) -> str:
+    """The plan for a terminal; `speed` as `plan.command` makes it, `scaling` where several GPUs share the run."""
     shape, one = plan.shape, plan.one
     share = 100 * shape.trainable / shape.total
     parts = [
@@ -40,7 +47,7 @@ def as_text(plan: Plan, speed: dict[str, Any] | None) -> str:
         )
     parts += [
         "",
-        f"peak memory: {gib(plan.memory.total)}, at this moment: {plan.memory.moment}, in a pass of "
+        f"peak memory{_of_each(scaling)}: {gib(plan.memory.total)}, at this moment: {plan.memory.moment}, in a pass of "
         f"{one.tokens:,} tokens ({one.labels:,} trained)" + (", one of several of its step" if one.several else ""),
         *table([[name, gib(size), _PARTS[name]] for name, size in _parts(plan)], numbers=(1,)),
         "(what comes and goes, such as gradients, is counted as it is at that moment)",
@@ -50,9 +57,15 @@ def as_text(plan: Plan, speed: dict[str, Any] | None) -> str:
         parts += _on_card(plan, plan.card)
     else:
         parts.append("no card is given: --gpu NAME or --memory SIZE says what fits it")
-    parts += ["", *_work(plan), *(_speed(speed) if speed else []), ""]
+    parts += ["", *_work(plan), *(_speed(speed, scaling) if speed else []), ""]
+    if scaling is not None:
+        parts += [*scaling_text(scaling), ""]
     parts += ["the ways to train this model, at the same settings otherwise:", *_lines(plan)]
     return "\n".join(line.rstrip() for line in parts).rstrip()
+
+
+def _of_each(scaling: Scaling | None) -> str:
+    return "" if scaling is None else f" of each of {scaling.gpus} GPUs ({scaling.chosen.strategy.name})"
 
 
 def _parts(plan: Plan) -> list[tuple[str, float]]:
@@ -125,7 +138,7 @@ def _one(work: Work, else_: str) -> str:
     return "pair" if work.sides == 2 else else_
 
 
-def _speed(speed: dict[str, Any]) -> list[str]:
+def _speed(speed: dict[str, Any], scaling: Scaling | None) -> list[str]:
     lines = []
     if speed.get("flops_per_token"):
         more = speed.get("forward_only", 0)
@@ -137,7 +150,8 @@ def _speed(speed: dict[str, Any]) -> list[str]:
     elif speed.get("why_not"):
         lines.append(f"time: not known: {speed['why_not']}")
     if speed.get("cost") is not None:
-        lines.append(f"cost: {speed['cost']:,.2f} at {speed['price_per_hour']:g} an hour")
+        each = "" if scaling is None else f" for each of {scaling.gpus} GPUs"
+        lines.append(f"cost: {speed['cost']:,.2f} at {speed['price_per_hour']:g} an hour{each}")
     return lines
 
 
@@ -173,8 +187,8 @@ def fit_text(found: Sequence[Fitting], card: Card, cards: int, sequence: int, wh
     return "\n".join(
         [
             f"{cards} x {card.name} of {gib(card.memory)}; {why}",
-            "weights, gradients and optimizer spread evenly over the cards (full sharding), two layers' weights "
-            f"gathered on each, a pass of its own on each: {one_pass}",
+            *(_SPREAD if cards > 1 else []),
+            f"{'on each card a pass of its own' if cards > 1 else 'a pass'}: {one_pass}",
             "",
             *table(rows, numbers=(1, 3, 5)),
             "",
@@ -184,13 +198,14 @@ def fit_text(found: Sequence[Fitting], card: Card, cards: int, sequence: int, wh
     )
 
 
-def as_json(plan: Plan, speed: dict[str, Any] | None) -> dict[str, Any]:
+def as_json(plan: Plan, speed: dict[str, Any] | None, scaling: Scaling | None = None) -> dict[str, Any]:
     """Everything of a plan as plain data; sizes in bytes."""
     shape, work, card = plan.shape, plan.work, plan.card
-    return {
+    settings = {name: value for name, value in vars(plan.engine).items() if name != "sharding"}
+    found = {
         "model": shape.name,
         "parameters": {"total": shape.total, "trainable": shape.trainable, "exact": shape.exact},
-        "settings": {**vars(plan.engine), "gradient_checkpointing": plan.recompute or plan.engine.recompute},
+        "settings": {**settings, "gradient_checkpointing": plan.recompute or plan.engine.recompute},
         "pass": vars(plan.one),
         "memory": plan.memory.as_json(),
         "card": None if card is None else {"name": card.name, "memory": round(card.memory), "room": round(card.room)},
@@ -201,6 +216,7 @@ def as_json(plan: Plan, speed: dict[str, Any] | None) -> dict[str, Any]:
         "speed": speed,
         "methods": [vars(line) for line in plan.lines],
     }
+    return found if scaling is None else {**found, "scaling": scaling_json(scaling)}
 
 
 def fit_json(found: Sequence[Fitting], card: Card, cards: int, sequence: int) -> dict[str, Any]:
@@ -211,23 +227,3 @@ def fit_json(found: Sequence[Fitting], card: Card, cards: int, sequence: int) ->
         "sequence_len": sequence,
         "fits": fitting_as_json(list(found)),
     }
-
-
-def gib(size: float) -> str:
-    """Bytes as people read them."""
-    if size == 0:
-        return "0"
-    return f"{size / GIB:,.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:,.2f} MiB"
-
-
-def table(rows: Sequence[Sequence[str]], numbers: Sequence[int]) -> list[str]:
-    """Columns of one width each, those in `numbers` to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  "
-        + "  ".join(
-            cell.rjust(width) if column in numbers else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

@@ -35,7 +35,7 @@ class Work:
 
     Attributes:
         source: where the figures come from, for people. rows_per_step: examples (packed rows) of a step.
-        longest: tokens of the longest document, or pair. largest_step: of the step with most tokens. mean: of a
+        longest: tokens of the longest document, or pair. largest_step: of what one process has of a step. mean: of a
             document. mean_square: of documents' squared lengths, over `mean`: what a token attends to, on average.
         labelled: share of tokens that are trained.
         tokens: of the whole run, those of both answers to a prompt with the prompt. steps: of the whole run. None where
@@ -71,8 +71,9 @@ class Work:
         return self.mean_square * (0.5 + self.shared - self.shared**2 / 2)
 
 
-def work_from_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Work:
-    """From the tokenised datasets, which are made if they are not in the cache.
+def work_from_data(config: Config, tokenizer: PreTrainedTokenizerBase, processes: int = 1) -> Work:
+    """From the tokenised datasets, which are made if they are not in the cache. Of several processes, the largest step
+    is what the first of them has of it.
 
     Raises:
         DataError, ConfigError: as `data.dataset.prepare`.
@@ -80,7 +81,7 @@ def work_from_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Work:
     prepared = prepare(config, tokenizer)
     train, data, training = prepared.train, config.data, config.training
     rl = config.preference.rl
-    rows = training.micro_batch_size * training.gradient_accumulation_steps
+    rows = training.micro_batch_size * training.gradient_accumulation_steps * processes
     loader = StepLoader(
         train,
         rows_per_step=rows,
@@ -89,6 +90,7 @@ def work_from_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Work:
         shuffle=data.shuffle,
         packed_len=data.sequence_len if data.sample_packing else None,
         share="rows" if _shares(config) else "",
+        processes=processes,
     )
     sizes = np.array(loader.computed(range(len(train))), np.int64)
     lengths, all_tokens = sizes.astype(np.float64), int(train.lengths.sum())
@@ -100,7 +102,7 @@ def work_from_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Work:
         source=f"{len(train):,} {unit} of the config's datasets",
         rows_per_step=rows,
         longest=int(sizes.max()),
-        largest_step=max(int(sizes[list(step.rows)].sum()) for step in seen),
+        largest_step=max(int(sizes[[step.rows[i] for one in step.passes for i in one]].sum()) for step in seen),
         mean=float(lengths.mean()),
         mean_square=float((lengths**2).sum() / lengths.sum()),
         labelled=float(train.trained.sum() / lengths.sum()),
@@ -114,7 +116,7 @@ def work_from_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> Work:
     )
 
 
-def work_stated(config: Config, tokens: int | None, rows: int | None, why: str) -> Work:
+def work_stated(config: Config, tokens: int | None, rows: int | None, why: str, processes: int = 1) -> Work:
     """From what the user says, or from nothing: then every document is taken to be `sequence_len` long. Of a pair that
     holds for both sides, each with the prompt, which is taken to be `max_prompt_len` long, or half of it.
 
@@ -122,7 +124,8 @@ def work_stated(config: Config, tokens: int | None, rows: int | None, why: str) 
         tokens, rows: of one epoch. why: where the figures come from.
     """
     training, limit, rl = config.training, config.data.sequence_len, config.preference.rl
-    per_step = training.micro_batch_size * training.gradient_accumulation_steps
+    of_process = training.micro_batch_size * training.gradient_accumulation_steps
+    per_step = of_process * processes
     packed, unit = config.data.sample_packing, unit_of(rl)
     sides = 2 if unit == "pairs" else 1
     whole = sides * limit
@@ -147,7 +150,7 @@ def work_stated(config: Config, tokens: int | None, rows: int | None, why: str) 
         source=why,
         rows_per_step=per_step,
         longest=whole,  # the prompt may be short
-        largest_step=max(whole, round(per_step * computed)),
+        largest_step=max(whole, round(of_process * computed)),
         mean=computed,
         mean_square=computed,
         labelled=trained / (1 - spared),
@@ -188,7 +191,7 @@ def flops_per_token(shape: Shape, work: Work, engine: Engine) -> float:
     mode = engine.recompute
     head = shape.head * work.labelled
     attention = len(shape.layers) * shape.query_width * work.attended
-    forward = 2 * (shape.multiplied + head) + 2 * attention
+    forward = forward_flops(shape, work)
     flops = 4 * (shape.multiplied + head) + 2 * shape.multiplied_trained + 6 * attention
     if shape.head_trained and not engine.weighted:
         flops += 2 * head
@@ -197,6 +200,12 @@ def flops_per_token(shape: Shape, work: Work, engine: Engine) -> float:
     elif mode in ("layer", "offload"):
         flops += 2 * shape.multiplied + 2 * attention
     return work.computed * (flops + work.forward_only * forward)
+
+
+def forward_flops(shape: Shape, work: Work, *, head: bool = True) -> float:
+    """FLOPs of a computed token's forward pass, on average; with or without the head's."""
+    attention = len(shape.layers) * shape.query_width * work.attended
+    return 2 * (shape.multiplied + (shape.head * work.labelled if head else 0)) + 2 * attention
 
 
 def measured_speed(run: Path) -> float:

@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from luthier.serve.answers import DONE, Shape, sse, usage_of
-from luthier.serve.errors import ApiError
+from luthier.serve.errors import FAILED, ApiError
 from luthier.serve.requests import Asked, parse, read_chat, read_text
 from luthier.serve.service import Job, Service
 
@@ -43,6 +43,7 @@ def create_app(service: Service, api_key: str | None) -> FastAPI:
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.add_exception_handler(HTTPException, _as_json)
     app.add_exception_handler(ApiError, _as_json)
+    app.add_exception_handler(Exception, _as_json)
 
     @app.get("/health")
     async def health() -> Response:
@@ -86,7 +87,8 @@ async def _as_json(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):  # no such route, or not by this method
         text = f"{request.method} {request.url.path}: {error.detail}"
         error = ApiError(error.status_code, text)
-    assert isinstance(error, ApiError)
+    elif not isinstance(error, ApiError):  # a fault of the server's, whose traceback goes into its log
+        error = ApiError(500, FAILED)
     return JSONResponse(error.body, error.status, headers=error.headers)
 
 
@@ -142,6 +144,9 @@ class _Exchange:
             response = await self._answer()
         except ApiError as error:
             self._count(error.status)
+            raise
+        except Exception:
+            self._count(500)
             raise
         self._count(response.status_code)
         return response

@@ -8,6 +8,9 @@ from typing import Any
 _KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
+FAILED = "the server failed at this request; its log says why"
+
+
 class ApiError(Exception):
     """An answer that is an error.
 

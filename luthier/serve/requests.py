@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -159,7 +160,8 @@ def _common(body: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]:
             seed=field.number("seed", whole=True),
         )
     except ConfigError as error:
-        raise bad(str(error)) from error
+        text = str(error).replace("max_new_tokens", "max_tokens" if other is None else "max_completion_tokens")
+        raise bad(text, next((name for name in sorted(known) if re.search(rf"\b{name}\b", text)), None)) from error
     usage = _Fields(options).flag("include_usage")
     return {"model": model, "sampling": sampling, "n": n or 1, "stream": stream, "include_usage": usage}
 

@@ -38,9 +38,14 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server(address[:2], family=kind, backlog=_BACKLOG)
     except OSError as error:
         raise RunError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}; choose another --host or --port "
+            f"cannot listen on {host} port {port}: {_why(error)}; choose another --host or --port "
             "(--port 0 takes a free one)"
         ) from error
+
+
+def _why(error: OSError) -> str:
+    """Without the address, which Python adds behind what the system says."""
+    return str(error.strerror or error).partition(" (while attempting")[0]
 
 
 def is_loopback(host: str) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 from luthier.generate.engine import Engine
 from luthier.generate.rows import Row
 from luthier.models.several import Several
-from luthier.serve.errors import ApiError, bad, stopping
+from luthier.serve.errors import FAILED, ApiError, bad, stopping
 from luthier.serve.metrics import Metrics
 from luthier.serve.requests import Asked
 from luthier.serve.served import Served
@@ -70,7 +70,7 @@ def _error(problem: str) -> ApiError:
         return stopping()
     if problem == "memory":
         return ApiError(503, "out of memory; the server goes on with smaller batches", code="memory", retry_after=1)
-    return ApiError(500, "the server failed at this request; its log says why")
+    return ApiError(500, FAILED)
 
 
 class Service:

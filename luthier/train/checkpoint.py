@@ -6,7 +6,7 @@ that a run killed at any moment leaves either a whole checkpoint or none; every 
 
     checkpoint-N/
       masters.safetensors     the trained parameters in fp32 (in bfloat16 if they are trained in it), as evaluated
-      optimizer.safetensors   the optimizer's tensors, `<field>/<parameter name>`
+      optimizer.safetensors   the optimizer's tensors, `<field>/<parameter name>`; these two may be several files each
       rng.pt                  random states of torch
       trainer_state.json      where the run stands, and the checksums
       ...                     the adapter or model itself, in its own format, ready to be loaded elsewhere
@@ -21,10 +21,12 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -91,26 +93,59 @@ class State:
         return cls(**{**known, "window": Window(**values["window"]), "between": Window(**values["between"])})
 
 
+@dataclass(frozen=True)
+class Collected:
+    """What a checkpoint holds beside the state: whole tensors, by parameter name.
+
+    Attributes:
+        masters: the trained parameters. optimizer, values: as `optimizer_by_name` gives them.
+        weights: of the whole model, on the host, where no process holds it (`train.fsdp`).
+    """
+
+    masters: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    values: dict[str, Any]
+    weights: dict[str, torch.Tensor] | None = None
+
+
+class Writers(Protocol):
+    """The processes that write a checkpoint together; see `train.distributed.Processes`."""
+
+    rank: int
+    size: int
+
+    def say(self, what: str) -> None:
+        """Let the others know that this process is so far."""
+
+    def hear(self, what: str, ranks: Iterable[int]) -> None:
+        """Wait until others are."""
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
     Args:
         folder: the run folder.
-        write_model: writes the adapter or model, in its own format, into the folder that it is given.
+        write_model: writes the adapter or model, in its own format, into the folder that it is given; of a model that
+            no process holds it is given the weights too.
         limit: how many to keep (the best one is kept beside them); None keeps all.
         job: what must be the same for a run to go on (a fingerprint of data and model); kept in each checkpoint.
         writes: false in a process that leaves it to another. on_saved: told of every folder that is written.
+        background: files are written while training goes on, from copies in the host's memory; `settle` waits for it.
+        writers: where every process writes a share of the tensors; all see the same folder then.
     """
 
     def __init__(
         self,
         folder: Path,
-        write_model: Callable[[Path], None],
+        write_model: Callable[[Path, dict[str, torch.Tensor] | None], None],
         *,
         limit: int | None,
         job: dict[str, Any],
         writes: bool = True,
         on_saved: Callable[[Path], None] = lambda path: None,
+        background: bool = False,
+        writers: Writers | None = None,
     ) -> None:
         self.folder = folder
         self.write_model = write_model
@@ -119,36 +154,80 @@ class Checkpoints:
         self.writes = writes
         self.on_saved = on_saved
         self._written: Path | None = None
+        self.writers = writers
+        self._writer = ThreadPoolExecutor(1, "checkpoint") if background and (writes or writers) else None
+        self._writing: Future[None] | None = None
 
-    def save(self, state: State, masters: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> Path:
+    def save(self, state: State, collect: Callable[[], Collected | None]) -> Path:
         """Write `checkpoint-<state.step>`; a second call after the same step changes nothing.
 
         A folder of that name that is there from before (damaged and passed over) is replaced.
 
+        Args:
+            collect: gives what is to be written, and None in a process that does not write; called in all of them.
+
         Raises:
-            RunError: it cannot be written; nothing half-written stays behind.
+            RunError: it cannot be written, or the one before could not be; nothing half-written stays behind.
         """
         final = self.folder / f"checkpoint-{state.step}"
-        if final == self._written or not self.writes:
+        if final == self._written:
             return final
-        partial = self.folder / f"{_PARTIAL}{final.name}"
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            partial.mkdir(parents=True)
-            self.write_model(partial)
-            save_file({n: _host(t) for n, t in masters.items()}, partial / "masters.safetensors")
-            tensors, others = optimizer_by_name(masters, optimizer)
-            save_file({n: _host(t) for n, t in tensors.items()}, partial / "optimizer.safetensors")
-            # Through memory: on a full disk torch.save says nothing that a user could understand.
-            random = io.BytesIO()
-            torch.save(_random_state(), random)
-            (partial / "rng.pt").write_bytes(random.getvalue())
+        self._written = final
+        self.settle()
+        collected = collect()
+        if collected is None:
+            return final
+        # Through memory: on a full disk torch.save says nothing that a user could understand.
+        random = io.BytesIO()
+        torch.save(_random_state(), random)
+        if self.writes:
+            with self._partial(final) as partial:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+                if collected.weights is None:  # out of the model itself, which training is about to change
+                    self.write_model(partial, None)
+        rest = (final, asdict(state), random.getvalue())
+        if self._writer is None:
+            self._complete(*rest, collected)
+        else:
+            masters, optimizer = ({n: _copy(t) for n, t in d.items()} for d in (collected.masters, collected.optimizer))
+            copied = replace(collected, masters=masters, optimizer=optimizer)
+            self._writing = self._writer.submit(self._complete, *rest, copied)
+        return final
+
+    def settle(self) -> None:
+        """Wait until what is being written is there.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _complete(self, final: Path, state: dict[str, Any], random: bytes, collected: Collected) -> None:
+        """Everything beside the model into a checkpoint that has been begun, and its name."""
+        with self._partial(final) as partial:
+            if self.writers is not None:
+                self.writers.say(f"{final.name} begun")
+                self.writers.hear(f"{final.name} begun", [0])
+            which = "" if self.writers is None else f"-{self.writers.rank + 1:05d}-of-{self.writers.size:05d}"
+            save_file({n: _host(t) for n, t in collected.masters.items()}, partial / f"masters{which}.safetensors")
+            save_file({n: _host(t) for n, t in collected.optimizer.items()}, partial / f"optimizer{which}.safetensors")
+            if self.writers is not None:
+                self.writers.say(f"{final.name} written")
+                if not self.writes:
+                    return
+                self.writers.hear(f"{final.name} written", range(self.writers.size))
+            if collected.weights is not None:
+                self.write_model(partial, collected.weights)
+            (partial / "rng.pt").write_bytes(random)
             files = {
                 p.relative_to(partial).as_posix(): _checksum(p)
                 for p in sorted(partial.rglob("*"))
                 if p.is_file()
             }
-            written = {**asdict(state), "job": self.job, "optimizer_values": others, "files": files}
+            written = {**state, "job": self.job, "optimizer_values": collected.values, "files": files}
             (partial / STATE).write_text(json.dumps(written, indent=1), encoding="utf-8")
             share(partial)
             for path in partial.rglob("*"):
@@ -157,6 +236,14 @@ class Checkpoints:
                 _remove(final)
             partial.rename(final)
             _flush(self.folder)
+        self._prune(state["best_step"])
+        self.on_saved(final)
+
+    @contextmanager
+    def _partial(self, final: Path) -> Iterator[Path]:
+        partial = self.folder / f"{_PARTIAL}{final.name}"
+        try:
+            yield partial
         except Exception as error:
             shutil.rmtree(partial, ignore_errors=True)
             if (
@@ -170,15 +257,11 @@ class Checkpoints:
                 f"{final}: cannot be written: {error}; "
                 + (f"the last good checkpoint is {last.name}" if last else "there is no earlier checkpoint")
             ) from error
-        self._written = final
-        self._prune(state)
-        self.on_saved(final)
-        return final
 
-    def _prune(self, state: State) -> None:
+    def _prune(self, best_step: int | None) -> None:
         if self.limit is None:
             return
-        best = f"checkpoint-{state.best_step}"
+        best = f"checkpoint-{best_step}"
         others = [path for path in list_checkpoints(self.folder) if path.name != best]
         for path in others[: -self.limit]:
             _remove(path)
@@ -228,16 +311,34 @@ def read_state(path: Path) -> tuple[State, dict[str, Any]]:
 
 
 def read_masters(path: Path) -> dict[str, torch.Tensor]:
-    return load_file(path / "masters.safetensors")
+    return read_tensors(path, "masters")
 
 
-def restore_optimizer(path: Path, masters: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Put the optimizer's tensors back, each to the parameter of its name, and torch's random states."""
+def read_tensors(path: Path, what: str) -> dict[str, torch.Tensor]:
+    """`masters` or `optimizer` of a checkpoint, by whomever it was written. The files are mapped: what is not used of
+    a tensor is not read."""
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted(path.glob(f"{what}*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+def restore_optimizer(
+    path: Path,
+    masters: dict[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    part: Callable[[str, torch.Tensor], torch.Tensor] = lambda name, tensor: tensor,
+) -> None:
+    """Put the optimizer's tensors back, each to the parameter of its name, and torch's random states.
+
+    Args:
+        part: what this process keeps of a tensor that belongs to a parameter.
+    """
     values = json.loads((path / STATE).read_text(encoding="utf-8"))["optimizer_values"]
     by_parameter: dict[str, dict[str, Any]] = {name: {} for name in masters}
-    for key, tensor in load_file(path / "optimizer.safetensors").items():
+    for key, tensor in read_tensors(path, "optimizer").items():
         field_name, _, name = key.partition("/")
-        by_parameter[name][field_name] = tensor
+        by_parameter[name][field_name] = part(name, tensor)
     of_group: dict[str, dict[str, Any]] = {name: {} for name in masters}
     for key, value in values.items():
         field_name, _, name = key.partition("/")
@@ -255,6 +356,11 @@ def restore_optimizer(path: Path, masters: dict[str, torch.Tensor], optimizer: t
         i: by_parameter[names[id(p)]] for i, p in enumerate(ordered) if by_parameter[names[id(p)]]
     }
     optimizer.load_state_dict(packed)
+    restore_random_state(path)
+
+
+def restore_random_state(path: Path) -> None:
+    """Put torch's random states back."""
     random = torch.load(path / "rng.pt", weights_only=True)
     torch.set_rng_state(random["cpu"])
     if torch.cuda.is_available() and random.get("cuda") is not None:
@@ -318,6 +424,11 @@ def _random_state() -> dict[str, torch.Tensor | None]:
 
 def _host(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu").contiguous()
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    """On the host, in memory that nobody else writes to."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _checksum(path: Path) -> list[int]:

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import torch
 
 from luthier.config import Config
-from luthier.errors import ConfigError, RunError
+from luthier.errors import ConfigError, ProcessLost, RunError
 
 log = logging.getLogger("luthier")
 
@@ -66,8 +66,8 @@ class Processes:
             return cls()
         if missing := [name for name in _NEEDED if not os.environ.get(name)]:
             raise ConfigError(
-                f"WORLD_SIZE is {size}, but the environment lacks {', '.join(missing)}: start the processes by a "
-                "launcher that sets them, such as `torchrun --nproc_per_node 2 -m luthier train cfg.yml`"
+                f"WORLD_SIZE is {size}, but the environment lacks {', '.join(missing)}: a launcher (torchrun) sets "
+                "them all; without one unset WORLD_SIZE: `luthier train cfg.yml --num-processes 2` starts processes"
             )
         rank = _number("RANK", 0)
         if not 0 <= rank < size:
@@ -86,7 +86,16 @@ class Processes:
         if config.training.optimizer_in_backward:
             raise ConfigError(
                 f"optimizer_in_backward takes steps before the gradients of all {self.size} processes are added up: "
-                "leave it out, or run a single process"
+                "leave it out, or run a single process (--num-processes 1)"
+            )
+        section = config.distributed
+        replicas, shares = section.dp_replicate_size, section.dp_shard_size
+        if (replicas or shares) and (replicas or self.size // (shares or 1)) * (
+            shares or self.size // (replicas or 1)
+        ) != self.size:
+            raise ConfigError(
+                f"dp_replicate_size {replicas or 'unset'} x dp_shard_size {shares or 'unset'} has to be the number of "
+                f"processes, which is {self.size}"
             )
         device = config.model.device_map
         if device not in (None, "auto", "cpu", "cuda") and device != {"": "cpu"}:
@@ -108,7 +117,7 @@ class Processes:
         if self.local_rank >= (there := torch.cuda.device_count()):
             raise ConfigError(
                 f"LOCAL_RANK is {self.local_rank}, and this machine has {there} GPUs: start no more processes than "
-                "there are GPUs (`torchrun --nproc_per_node`)"
+                "there are GPUs (--num-processes)"
             )
         torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
@@ -166,9 +175,18 @@ class Processes:
             self._store.set("prepared", "")
         if self.local_rank == 0:
             self._store.set(machine, "")
-        self._store.set(f"prepared by {self.rank}", "")
-        self._wait_for(*(f"prepared by {rank}" for rank in range(self.size)))
+        self.say("prepared")
+        self.hear("prepared", range(self.size))
         return made
+
+    def say(self, what: str) -> None:
+        """Let the others know that this process is so far, through the launcher's store: no collective, so that threads
+        may use it beside training."""
+        self._store.set(f"{what} by {self.rank}", "")
+
+    def hear(self, what: str, ranks: Iterable[int]) -> None:
+        """Wait until other processes are."""
+        self._wait_for(*(f"{what} by {rank}" for rank in ranks))
 
     def _wait_for(self, *names: str) -> None:
         # Looked at again and again: waiting inside of the store has an end of its own, and hears no signal.
@@ -180,14 +198,20 @@ class Processes:
 
     # --- with the process group ---------------------------------------------------------------------------------
 
-    def join(self, device: torch.device) -> None:
-        """Open the process group: NCCL between GPUs, Gloo between CPUs and for words."""
+    def join(self, device: torch.device, timeout: int | None = None) -> None:
+        """Open the process group: NCCL between GPUs, Gloo between CPUs and for words.
+
+        Args:
+            timeout: seconds that a process waits for the others in a collective (None: torch's for NCCL).
+        """
         if self.size == 1:
             return
         from torch import distributed
 
         cuda = device.type == "cuda"
         options: dict[str, Any] = {"device_id": device} if cuda else {"timeout": _PATIENCE}
+        if timeout is not None:
+            options["timeout"] = timedelta(seconds=timeout)
         with self._named_errors():
             distributed.init_process_group(
                 "nccl" if cuda else "gloo",
@@ -298,8 +322,8 @@ class Processes:
         except RuntimeError as error:  # of which torch.distributed's own are kinds
             raise self._broken(error) from error
 
-    def _broken(self, error: Exception) -> RunError:
-        return RunError(
+    def _broken(self, error: Exception) -> ProcessLost:
+        return ProcessLost(
             f"another of the {self.size} processes has ended or cannot be reached ({_first_line(error)}); its own "
             "message says why"
         )

@@ -17,10 +17,12 @@ from luthier.data.render import Renderer
 from luthier.data.tokenizer import terminator_ids
 from luthier.evaluate.loss import evaluate_loss
 from luthier.evaluate.samples import Sampler, validation_prompts
-from luthier.generate.engine import Engine, default_terminators
+from luthier.generate import engine as generate
+from luthier.generate.engine import default_terminators
 from luthier.generate.sampling import Sampling
 from luthier.models.policy import Policy
 from luthier.train.distributed import Processes
+from luthier.train.engine import Engine
 from luthier.train.preferences import PreferenceTuning
 
 
@@ -56,13 +58,18 @@ def evaluation(
             rank=processes.rank,
             processes=processes.size,
             gather=processes.gather,
+            lockstep=loader.lockstep,
         )
 
     return evaluate
 
 
 def sampling(
-    config: Config, validation: TokenDataset | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    config: Config,
+    validation: TokenDataset | None,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    engine: Engine,
 ) -> Callable[[int], list[dict[str, Any]]] | None:
     """step -> generated samples, if any are asked for."""
     section = config.evaluation
@@ -79,9 +86,10 @@ def sampling(
     sampler = Sampler(prompts, Sampling.from_config(section, seed=config.training.seed))
     # What the config trains as an end, and what the model's own settings know as one.
     ends = (*terminator_ids(tokenizer, config), *default_terminators(model))
-    engine = Engine(model, tokenizer, ends)
+    writer = generate.Engine(model, tokenizer, ends)
 
     def sample(step: int) -> list[dict[str, Any]]:
-        return sampler.rows(engine, step)
+        with engine.generating():
+            return sampler.rows(writer, step)
 
     return sample

@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from luthier.config import Config
 from luthier.errors import RunError
 from luthier.experiments.report import draw_report
@@ -17,10 +19,10 @@ from luthier.plan.measured import Peak
 from luthier.train import checkpoint
 from luthier.train.artifacts import plot_losses, write_model_card
 from luthier.train.checkpoint import Checkpoints, State
+from luthier.train.engine import Engine
 from luthier.train.files import write_json_atomic
 from luthier.train.folder import SUMMARY, publish
 from luthier.train.metrics import Recorder, overfitting_since
-from luthier.train.optim import Masters
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ def finish(
     folder: Path,
     state: State,
     checkpoints: Checkpoints,
-    masters: Masters,
+    kept: int,
+    weights: dict[str, torch.Tensor] | None,
     recorder: Recorder,
     examples: int,
     peak: Peak | None = None,
@@ -52,21 +55,10 @@ def finish(
     """The result at the top of the run folder: adapter or model, tokenizer, card, plot, summary, report.
 
     Args:
+        kept: the step whose weights the model has. weights: those, where no process holds them (`train.fsdp`).
         peak: memory as it was predicted and measured, where both are known. measure_general: measures what was not
             trained for, with the weights that are kept.
     """
-    kept = state.step
-    if config.output.load_best_model_at_end and state.best_step is not None and state.best_step != state.step:
-        best = folder / f"checkpoint-{state.best_step}"
-        what = f"the model of step {state.best_step}"
-        if problem := checkpoint.damage(best):
-            recorder.say(
-                f"warning: {what} was the best and cannot be kept, the last one is: {best}: {problem}"
-            )
-        else:
-            kept = state.best_step
-            masters.load(checkpoint.read_masters(best))
-            recorder.say(f"{what} is kept: it had the lowest eval loss ({state.best_loss:.4f})")
     summary = {
         "steps": state.step,
         "kept_step": kept,
@@ -84,7 +76,7 @@ def finish(
     if peak is not None:
         recorder.say(str(peak))
     try:
-        publish(folder, checkpoints.write_model)
+        publish(folder, lambda partial: checkpoints.write_model(partial, weights))
         write_model_card(folder, config, summary)
         plot_losses(folder)
         ended = {"finished": datetime.now(UTC).isoformat(timespec="seconds")}
@@ -100,6 +92,28 @@ def finish(
         f"done: {state.step} steps, {state.trained_tokens:,} trained tokens; the {what} is in {folder}"
     )
     return RunResult(folder, True, state, summary)
+
+
+def keep_best(config: Config, folder: Path, state: State, engine: Engine, recorder: Recorder) -> int:
+    """Put the weights with the lowest eval loss back, if the config asks for them; returns the step that they are of.
+
+    In lockstep all processes call it.
+    """
+    if not config.output.load_best_model_at_end or state.best_step in (None, state.step):
+        return state.step
+    best, problem = folder / f"checkpoint-{state.best_step}", ""
+    what = f"the model of step {state.best_step}"
+    if engine.processes.main:
+        problem = checkpoint.damage(best)
+    if engine.lockstep and any(engine.processes.gather([float(bool(problem))])[0]):
+        problem = problem or "damaged"
+    if problem:
+        recorder.say(f"warning: {what} was the best and cannot be kept, the last one is: {best}: {problem}")
+        return state.step
+    engine.load_masters(best)
+    recorder.say(f"{what} is kept: it had the lowest eval loss ({state.best_loss:.4f})")
+    assert state.best_step is not None
+    return state.best_step
 
 
 def stop(folder: Path, state: State) -> RunResult:

@@ -39,6 +39,13 @@ MOST = 0.03
 _AFTERWARDS = "`luthier evaluate RUN --general` measures it afterwards"
 
 
+def say_not_measured(config: Config) -> None:
+    """For a run whose weights are shared out over processes: its first process cannot compute by itself."""
+    if asked := config.evaluation.general_eval:
+        level = logging.INFO if asked == "auto" else logging.WARNING
+        log.log(level, "what the run forgets is not measured while processes share its weights: %s", _AFTERWARDS)
+
+
 def before_training(
     config: Config,
     tokenizer: PreTrainedTokenizerBase,

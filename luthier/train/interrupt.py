@@ -13,6 +13,18 @@ from typing import Any
 
 log = logging.getLogger("luthier")
 
+# Those that are entered: in a process whose main thread is somebody else's no signal gets to them.
+_entered: list[Interrupt] = []
+
+
+def request(number: int) -> bool:
+    """Ask the run of this process to stop, as that signal would; gives whether it is in its steps.
+
+    For a launcher that trains in a thread (Ray)."""
+    for each in _entered:
+        each.signal = signal.Signals(number)
+    return bool(_entered)
+
 
 @contextmanager
 def terminated_with_a_message() -> Iterator[None]:
@@ -25,7 +37,8 @@ def terminated_with_a_message() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         log.warning(
-            "stopped by SIGTERM outside of training; nothing was trained since the last checkpoint, if any"
+            "stopped by SIGTERM outside of training; nothing was trained since the last checkpoint, if any",
+            extra={"for_all": True},  # of several processes one says so
         )
         raise SystemExit(128 + number)
 
@@ -53,9 +66,11 @@ class Interrupt:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python cannot set handlers
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._note)
+        _entered.append(self)
         return self
 
     def __exit__(self, *exception: object) -> None:
+        _entered.remove(self)
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()

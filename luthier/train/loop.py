@@ -1,7 +1,8 @@
 """The training loop: one for every method.
 
 `fit` takes its parts as arguments and knows none of them: a policy (flat batch -> log-probs), an objective
-(policy and batch -> partial loss), steps cut into passes, an optimizer over fp32 masters, evaluators, other processes.
+(policy and batch -> partial loss), steps cut into passes, an engine that brings gradients together and takes the step,
+evaluators.
 """
 
 from __future__ import annotations
@@ -9,19 +10,18 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from luthier.errors import RunError
 from luthier.train.checkpoint import Checkpoints, State, Window, latest
 from luthier.train.metrics import Recorder, count_step, note_evaluation, training_row
-from luthier.train.protocols import Loader, Masters, Objective, Processes, Step
+from luthier.train.protocols import Engine, Loader, Objective, Step
 
 
 class OutOfMemory(RunError):
@@ -73,20 +73,15 @@ class Plan:
 
 
 def fit(
-    policy: nn.Module,
+    engine: Engine,
     objective: Objective,
     loader: Loader,
-    masters: Masters,
-    optimizer: torch.optim.Optimizer,
     *,
     learning_rate: Callable[[int], float],
-    clip: Callable[[Any], torch.Tensor],
-    scaler: torch.amp.GradScaler,
     plan: Plan,
     state: State,
     recorder: Recorder,
     checkpoints: Checkpoints,
-    processes: Processes,
     evaluate: Callable[[int], dict[str, float]] | None,
     sample: Callable[[int], list[dict[str, Any]]] | None,
     interrupted: Callable[[], bool],
@@ -97,8 +92,7 @@ def fit(
     """Train from `state.step` to the plan's end, an interruption, or early stopping.
 
     Args:
-        learning_rate: of a step, counted from 0. clip: bounds the masters' gradients and returns their norm.
-        scaler: scales the loss where activations are fp16; disabled otherwise.
+        learning_rate: of a step, counted from 0.
         evaluate: step -> row of figures, `eval_loss` among them. sample: step -> generated samples.
         interrupted: asked in every step; true in any process ends the run after that step and a checkpoint.
         keep_less: where a single document is too long for memory: makes the policy keep less for backward, and says
@@ -112,14 +106,11 @@ def fit(
     """
     own_gradients = partial(
         _own_gradients,
-        policy,
+        engine,
         objective,
         loader,
-        masters,
-        scaler=scaler,
         state=state,
         recorder=recorder,
-        several=processes.size > 1,
         device=device,
         keep_less=keep_less,
     )
@@ -127,29 +118,19 @@ def fit(
     stopping = False
     while state.step < plan.total_steps and not _patience_is_over(state, plan):
         began = time.perf_counter()
-
         rate = learning_rate(state.step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group.get("lr_factor", 1.0)
+        engine.set_rate(rate)
 
         # 1. Forward and backward of the whole step, in passes that memory holds; each process computes its share,
         #    and gradients, loss and sums are added up.
         step, loss, sums, computed, stopping = _gradients(
-            own_gradients, objective.sums, masters, loader, processes, state.step + 1, interrupted, device
+            own_gradients, objective.sums, engine, loader, state.step + 1, interrupted, device
         )
 
-        # 2. Clip, step, and copy the masters into the 16-bit parameters. With fp16 an overflow is ordinary: the
-        #    scaler skips that step and lowers the scale.
-        scaler.unscale_(optimizer)
-        norm = clip(masters)
-        before = scaler.get_scale()
-        scaler.step(optimizer)
-        scaler.update()
-        masters.publish()
-        if scaler.get_scale() < before:
-            recorder.say(
-                f"step {state.step + 1} is skipped: fp16 overflowed; loss scale now {scaler.get_scale():g}"
-            )
+        # 2. Clip, step, and bring the result into the model.
+        norm, said = engine.step()
+        if said:
+            recorder.say(f"step {state.step + 1} {said}")
 
         # 3. Account for it. What the device has computed stays there until somebody looks, since looking waits
         #    for it; nothing is logged or saved unseen.
@@ -158,12 +139,12 @@ def fit(
         state.tokens += step.tokens
         state.computed_tokens += computed
         state.trained_tokens += step.trained_tokens
-        state.loss_scale = scaler.state_dict()
+        state.loss_scale = engine.scaler.state_dict()
         unread.append(Unread(state.step, step, loss, sums, norm))
         last = state.step == plan.total_steps
         logs, saves = plan.log(state.step) or last, plan.save(state.step) or last or stopping
         if logs or saves or plan.evaluate(state.step) or device.type in READ_AT_ONCE:
-            last_norm = _read(unread, state, loader, checkpoints, overflow_is_ordinary=scaler.is_enabled())
+            last_norm = _read(unread, state, loader, checkpoints, overflow_is_ordinary=engine.scaler.is_enabled())
         count_step(state, step.trained_tokens, step.tokens, time.perf_counter() - began)
         recorder.advance(state.step)
 
@@ -175,33 +156,33 @@ def fit(
             )
             state.window = Window()
         improved = False
-        with masters.looked_at(optimizer) if saves or plan.evaluate(state.step) else nullcontext():
+        with engine.looked_at() if saves or plan.evaluate(state.step) else nullcontext():
             if plan.evaluate(state.step):
                 if evaluate:
                     improved = note_evaluation(state, evaluate(state.step), recorder)
                 if sample:
                     recorder.samples(sample(state.step))
-                stopping = stopping or any(any(words) for words in processes.gather([interrupted()]))
+                stopping = stopping or any(any(words) for words in engine.processes.gather([interrupted()]))
             if saves or stopping or (improved and plan.save_best):
-                checkpoints.save(state, masters.masters, optimizer)
+                checkpoints.save(state, engine.collect)
 
         # 5. End early: asked to, or no longer improving.
         if stopping:
             break
         if why := _patience_is_over(state, plan) or recorder.ended():
-            with masters.looked_at(optimizer):
-                checkpoints.save(state, masters.masters, optimizer)
+            with engine.looked_at():
+                checkpoints.save(state, engine.collect)
             recorder.say(f"stopping early: {why}")
             break
+    checkpoints.settle()
     return state, stopping
 
 
 def _gradients(
     own_gradients: Callable[[], tuple[Step, torch.Tensor, torch.Tensor, int]],
     n_sums: int,
-    masters: Masters,
+    engine: Engine,
     loader: Loader,
-    processes: Processes,
     number: int,
     stopping: Callable[[], bool],
     device: torch.device,
@@ -220,11 +201,13 @@ def _gradients(
     try:
         step, loss, sums, computed = own_gradients()
     except OutOfMemory as error:
-        if processes.size == 1:
+        if engine.processes.size == 1:
             raise
         tokens, documents = error.tokens, error.documents
-    said = processes.add_up(
-        masters.masters.values(),
+        if engine.lockstep:  # the others wait in the middle of a pass, and cannot be told
+            where = f" on rank {engine.processes.rank}"
+            raise OutOfMemory(number, documents, tokens, loader.tokens_per_pass, where) from error
+    said = engine.add_up(
         [loss, sums],
         [stopping(), computed, documents, tokens],
         failed=documents > 0,
@@ -239,15 +222,12 @@ def _gradients(
 
 
 def _own_gradients(
-    policy: nn.Module,
+    engine: Engine,
     objective: Objective,
     loader: Loader,
-    masters: Masters,
     *,
-    scaler: torch.amp.GradScaler,
     state: State,
     recorder: Recorder,
-    several: bool,
     device: torch.device,
     keep_less: Callable[[], str] | None,
 ) -> tuple[Step, torch.Tensor, torch.Tensor, int]:
@@ -255,30 +235,31 @@ def _own_gradients(
     and the sums, both on the device, and the tokens that were computed.
 
     Out of memory, the step is cut anew into passes half as large and repeated from its first, and so are the
-    steps after it, here and in a run that resumes; not where there are `several` processes. A single document cannot
+    steps after it, here and in a run that resumes; not where there are several processes. A single document cannot
     be cut, and more is recomputed instead.
     """
+    several = engine.processes.size > 1
     while True:
         # The whole step is known first, so that every pass has the step's denominator.
         step: Step = loader.step(state.step)
-        policy.train()
-        masters.zero_grad()
+        engine.policy.train()
+        engine.zero_grad()
         try:
-            return step, *_run_passes(policy, objective, loader, step, scaler, state.step + 1, device)
+            return step, *_run_passes(engine, objective, loader, step, state.step + 1, device)
         except OutOfMemory as error:
-            if masters.stepped_by_backward:  # some weights have taken their step already
+            if engine.stepped_by_backward:  # some weights have taken their step already
                 raise RunError(
                     f"out of memory at step {state.step + 1}, one pass of {error.tokens} tokens as "
                     "optimizer_in_backward needs it: a smaller micro_batch_size or sequence_len needs less, "
                     "or gradient_checkpointing: true"
                 ) from error
             alone = error.documents == 1
-            done = keep_less() if alone and keep_less is not None else ""
+            done = keep_less() if alone and keep_less is not None and not engine.lockstep else ""
             if not done and (alone or several):
                 raise
             before, smaller = loader.tokens_per_pass, error.smaller
         # Outside of the except block: while there is a traceback, its frames hold the pass's activations.
-        masters.zero_grad()
+        engine.zero_grad()
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -292,11 +273,10 @@ def _own_gradients(
 
 
 def _run_passes(
-    policy: nn.Module,
+    engine: Engine,
     objective: Objective,
     loader: Loader,
     step: Step,
-    scaler: torch.amp.GradScaler,
     number: int,
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -311,18 +291,31 @@ def _run_passes(
             error.__traceback__ = None
             raise OutOfMemory(number, len(batch.rows), len(batch.input_ids), loader.tokens_per_pass) from error
 
-    def forward_and_backward(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        share, sums = objective(policy, batch, step)
-        scaler.scale(share).backward()
+    def forward_and_backward(batch: Any, last: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        share, sums = objective(engine.policy, batch, step)
+        engine.backward(share * 0 if batch.spare else share, last=last)
         return share.detach(), sums
 
     loss, sums, computed = torch.zeros((), device=device), torch.zeros(objective.sums, device=device), 0
-    objective.begin(policy, loader.mismatched(step, device), step, guarded)
-    for batch in loader.batches(step, device):
-        of_pass = guarded(batch, partial(forward_and_backward, batch))
+    objective.begin(engine.policy, loader.mismatched(step, device), step, guarded)
+    for batch, last in _with_last(loader.batches(step, device)):
+        of_pass = guarded(batch, partial(forward_and_backward, batch, last))
+        if batch.spare:
+            continue
         loss, sums = loss + of_pass[0], sums + of_pass[1]
         computed += len(batch.input_ids)
     return loss, sums, computed
+
+
+def _with_last(batches: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
+    """Each with whether it is the last."""
+    before = None
+    for batch in batches:
+        if before is not None:
+            yield before, False
+        before = batch
+    if before is not None:
+        yield before, True
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -69,6 +69,11 @@ class Masters:
     def __iter__(self) -> Iterator[torch.Tensor]:
         return iter(self.masters.values())
 
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Of the whole parameters, by name."""
+        return {name: list(master.shape) for name, master in self.masters.items()}
+
     def pairs(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
         """Each trained parameter of the model with its master."""
         return zip(self._parameters, self.masters.values(), strict=True)

@@ -80,6 +80,7 @@ def choose_tokens(
         step_tokens=int(in_step),
         run_pass=run_pass,
         asked=asked if isinstance(asked, int) else None,
+        agree=(lambda free: int(min(processes.gather([free]))[0])) if loader.lockstep else None,
     )
     if known:
         return replace(budget, why="half of what memory had no room for")

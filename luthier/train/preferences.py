@@ -99,7 +99,8 @@ class PreferenceTuning:
             reference = Reference.of(policy.model, copies=asks_reference_in_steps(section))
             log.info("%s", reference.describe())
             live, of_training = ReferenceLogps(reference), ReferenceLogps(reference)
-            known = None if validation is None else _unknown(validation)
+            # In lockstep all have to compute or none: which are known already differs between processes.
+            known = None if validation is None or loader.lockstep else _unknown(validation)
             if section.precompute_ref_log_probs:
                 folder = cache_folder(config) / "reference-logps"
                 of_training.known = _precomputed(folder, policy, reference, loader, device, settings, processes)
@@ -108,7 +109,7 @@ class PreferenceTuning:
             of_validation = ReferenceLogps(reference, known)
 
         def add_up(number: torch.Tensor) -> torch.Tensor:
-            if processes.size == 1:
+            if processes.size == 1 or (loader.lockstep and bool(number.isnan())):  # nobody waits for a failed one
                 return number
             return number.new_tensor(sum(found for (found,) in processes.gather([float(number)])))
 
@@ -140,7 +141,7 @@ def watch_of(
 def _whole(dataset: TokenDataset, like: StepLoader, config: Config, policy: Policy) -> StepLoader:
     """A loader whose first step is a whole dataset, in its own order; without dropout, all of it may be shared."""
     share: Sharing = "all" if config.training.share_prefixes == "auto" and not policy.why_not_shared else ""
-    return StepLoader(
+    whole = StepLoader(
         dataset,
         rows_per_step=len(dataset),
         tokens_per_pass=like.tokens_per_pass,
@@ -152,6 +153,8 @@ def _whole(dataset: TokenDataset, like: StepLoader, config: Config, policy: Poli
         rank=like.rank,
         processes=like.processes,
     )
+    whole.lockstep = like.lockstep
+    return whole
 
 
 def _evaluate(
@@ -182,7 +185,11 @@ def _precomputed(
     """The log-probs of all rows of a loader's dataset, from the cache, or computed now and put there."""
     dataset = loader.dataset
     content = [dataset.digests.tobytes(), dataset.prompts.tobytes(), repr((settings, reference.fingerprint())).encode()]
-    file = folder / f"{sha256(b''.join(content)).hexdigest()[:32]}.npy"
+    digest = sha256(b"".join(content)).hexdigest()[:32]
+    if loader.lockstep:  # each has hashed its own shares of the weights
+        of_all = processes.gather([int(digest[i : i + 8], 16) for i in range(0, 32, 8)])
+        digest = sha256(repr(of_all).encode()).hexdigest()[:32]
+    file = folder / f"{digest}.npy"
     kept = _read(file, len(dataset))
     everywhere = all(there for (there,) in processes.gather([float(kept is not None)]))
     if kept is not None and everywhere:

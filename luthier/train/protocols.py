@@ -59,28 +59,32 @@ class Loader(Protocol):
     def locations(self, step: Any) -> list[str]: ...
 
 
-class Masters(Protocol):
-    """The fp32 parameters that the optimizer steps on; see `train.optim.Masters`."""
-
-    masters: dict[str, torch.Tensor]
-    stepped_by_backward: bool
-
-    def zero_grad(self) -> None: ...
-    def publish(self) -> None: ...
-    def looked_at(self, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]: ...
-
-
 class Processes(Protocol):
     """All processes of the run; see `train.distributed.Processes`."""
 
+    rank: int
     size: int
 
     def gather(self, values: Sequence[float]) -> list[list[float]]: ...
+
+
+class Engine(Protocol):
+    """How gradients come together and a step is taken; see `train.engine.Engine`."""
+
+    policy: nn.Module
+    scaler: torch.amp.GradScaler
+    lockstep: bool
+
+    @property
+    def processes(self) -> Processes: ...
+    @property
+    def stepped_by_backward(self) -> bool: ...
+    def zero_grad(self) -> None: ...
+    def backward(self, share: torch.Tensor, *, last: bool) -> None: ...
     def add_up(
-        self,
-        masters: Iterable[torch.Tensor],
-        figures: Sequence[torch.Tensor],
-        words: Sequence[float],
-        *,
-        failed: bool,
+        self, figures: Sequence[torch.Tensor], words: Sequence[float], *, failed: bool = False
     ) -> list[list[float]]: ...
+    def set_rate(self, rate: float) -> None: ...
+    def step(self) -> tuple[torch.Tensor, str]: ...
+    def looked_at(self) -> AbstractContextManager[None]: ...
+    def collect(self) -> Any: ...

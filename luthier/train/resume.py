@@ -6,15 +6,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from luthier.config import Config
 from luthier.errors import RunError
 from luthier.train import checkpoint
 from luthier.train.checkpoint import State
-from luthier.train.distributed import Processes
+from luthier.train.engine import Engine
 from luthier.train.folder import CONFIG
-from luthier.train.optim import Masters
 
 log = logging.getLogger("luthier")
 
@@ -22,10 +19,7 @@ log = logging.getLogger("luthier")
 def resume(
     path: Path,
     job: dict[str, Any],
-    masters: Masters,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    processes: Processes,
+    engine: Engine,
 ) -> State:
     """Put masters, optimizer, loss scale and random numbers back, and say where the run stood.
 
@@ -42,8 +36,8 @@ def resume(
         rows, now = before.get("rows_per_step"), job["rows_per_step"]
         raise RunError(
             f"{path}: rows_per_step was {rows} when this run began, and micro_batch_size x "
-            f"gradient_accumulation_steps x the number of processes ({processes.size}) is {now} now. The steps of a "
-            "run stay the same: set micro_batch_size and gradient_accumulation_steps so that the product is "
+            f"gradient_accumulation_steps x the number of processes ({engine.processes.size}) is {now} now. The steps of "
+            "a run stay the same: set micro_batch_size and gradient_accumulation_steps so that the product is "
             f"{rows} again"
         )
     if changed:
@@ -52,11 +46,9 @@ def resume(
             for name in changed
         )
         raise RunError(f"{path}: this checkpoint belongs to another run; what differs: {says}")
-    masters.load(checkpoint.read_masters(path))
-    checkpoint.restore_optimizer(path, masters.masters, optimizer)
-    masters.publish()  # an optimizer may put weights of its own in place (schedule-free)
+    engine.restore(path)
     if state.loss_scale:
-        scaler.load_state_dict(state.loss_scale)
+        engine.scaler.load_state_dict(state.loss_scale)
     log.info("going on from %s", path)
     return state
 

@@ -8,17 +8,15 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-import typer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from luthier.config import Config
 from luthier.config.preference import unit_of
@@ -27,7 +25,6 @@ from luthier.data.loader import StepLoader
 from luthier.data.tokenizer import load_tokenizer
 from luthier.data.tree import Sharing
 from luthier.errors import DataError, RunError
-from luthier.models.adapter_files import save_adapter
 from luthier.models.assemble import build_model, with_adapter_settings
 from luthier.models.device import (
     choose_device,
@@ -47,21 +44,23 @@ from luthier.models.rank_budget import TOKENS, looks_at_data
 from luthier.models.rope import with_positions
 from luthier.objectives.sft import SFT
 from luthier.plan.measured import PeakWatch
+from luthier.train import zero
 from luthier.train.artifacts import write_environment
 from luthier.train.checkpoint import Checkpoints, State
 from luthier.train.distributed import Processes
+from luthier.train.engine import Engine
 from luthier.train.evaluators import evaluation, sampling
 from luthier.train.files import write_text_atomic
-from luthier.train.finish import RunResult, finish, report_of_a_failure, stop
+from luthier.train.finish import RunResult, finish, keep_best, report_of_a_failure, stop
 from luthier.train.folder import CONFIG, GIVEN, SUMMARY, RunFolder, shared_folder
-from luthier.train.forgetting import before_training
+from luthier.train.forgetting import before_training, say_not_measured
 from luthier.train.given import Follower, Given
 from luthier.train.interrupt import Interrupt, terminated_with_a_message
 from luthier.train.intervals import build_plan
 from luthier.train.loop import OutOfMemory, fit
 from luthier.train.metrics import Recorder, Silent
-from luthier.train.optim import Masters, clip_gradients, schedule
-from luthier.train.optimizers import build_optimizer, check_optimizer, set_labels
+from luthier.train.optim import Masters, schedule
+from luthier.train.optimizers import check_optimizer, set_labels
 from luthier.train.passes import (
     choose_tokens,
     keep_less,
@@ -73,21 +72,13 @@ from luthier.train.preference_watch import PreferenceWatch
 from luthier.train.preferences import PreferenceTuning, watch_of
 from luthier.train.protocols import Objective
 from luthier.train.resume import resume, say_changes
+from luthier.train.spread import engine_of, loading_device, show
 from luthier.train.trackers import Trackers, trackers_of
+from luthier.train.weights import write_model
 
 log = logging.getLogger("luthier")
 
-__all__ = ["GIVEN", "Follower", "Given", "RunResult", "command", "train"]
-
-
-def command(
-    config: Annotated[Path, typer.Argument(help="The run's YAML file.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value or --key value, for any key.")
-    ] = None,
-) -> None:
-    """Train a model as a config says."""
-    train(Config.load(config, overrides or []))
+__all__ = ["GIVEN", "Follower", "Given", "RunResult", "train"]
 
 
 def train(config: Config, given: Given | None = None) -> RunResult:
@@ -106,7 +97,7 @@ def train(config: Config, given: Given | None = None) -> RunResult:
     if given is not None and processes.size > 1:
         raise RunError(
             f"a model that a program made is trained in one process, and there are {processes.size}: start the run "
-            "with `torchrun -m luthier train` and its config.yaml instead"
+            "with `luthier train` and its config.yaml instead"
         )
     with (
         terminated_with_a_message(),
@@ -132,6 +123,7 @@ def _train(
     if config.model.load_in_fp8:
         check_fp8(device, dtype)
     check_optimizer(config.training, device, dtype)
+    zero.check(config, dtype, given=given is not None)
     model_config = read_model_config(config.model) if given is None else given.model.config
     check_trains(config, model_config)
     quantization(config.model, model_config, device, dtype)  # for its errors: before data is prepared
@@ -142,31 +134,35 @@ def _train(
     data = processes.in_turn(partial(prepare, config, tokenizer))
     if processes.main:
         data.report.log()
-    processes.join(device)
+    processes.join(device, config.distributed.ddp_timeout)
     config = with_positions(config, model_config, [data.train, data.validation])
-    watch = PeakWatch(config, device, dtype, len(tokenizer))
+    watch = PeakWatch(config, device, dtype, len(tokenizer), processes.size)
 
     # 2. The model, what of it is trained, and the steps.
     documents = _first_documents(data.train, config) if looks_at_data(config.adapter) else None
+    loaded_on = loading_device(config, device, processes)
     model, dropout = build_model(
         config,
         tokenizer,
-        device,
+        loaded_on,
         dtype,
         documents=documents,
         resume_from=opened.resume_from,
         given=None if given is None else given.model,
         adapter=None if given is None else given.adapter,
     )
+    if loaded_on != device:
+        show(model, device)
     policy = build_policy(model, dropout, config.data.sequence_len)
     policy.weighted_sum = config.preference.rl is None
     if config.precision.kernels == "auto":
         fuse_policy(policy)
-    masters = Masters(model, copies=not config.training.bf16_stochastic_rounding)
-    optimizer = build_optimizer(masters, config.training)
+    engine = engine_of(config, policy, device, dtype, processes)
+    masters, optimizer = engine.masters, engine.optimizer
     watch.follow(policy, masters)
     share = policy.may_share() if config.training.share_prefixes == "auto" else ""
     loader = _loader(config, data.train, processes, alone=not policy.flat, share=share)
+    loader.lockstep = engine.lockstep
     set_labels(optimizer, float(data.train.trained.sum()) / loader.steps_per_epoch)
     total_steps = config.training.max_steps or math.ceil(config.training.num_epochs * loader.steps_per_epoch)
     if config.model.load_in_fp8:
@@ -179,17 +175,16 @@ def _train(
             config, policy, loader, data.validation, device=device, settings=settings, processes=processes
         )
     objective: Objective = SFT() if tuning is None else tuning.objective
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     # 3. Where the run stands, and what its folder says of it.
     job = _job(config, data, masters, loader)
     processes.agree_on("data, settings or trained parameters", sha256(repr(job).encode()).hexdigest())
     state = State()
     if opened.resume_from is not None:
-        state = resume(opened.resume_from, job, masters, optimizer, scaler, processes)
+        state = resume(opened.resume_from, job, engine)
         if processes.main:
             say_changes(folder, config)
-    processes.level(masters, device)
+    engine.level(device)
     masters.publish()
     take_over_smaller(folder, state, config, processes)
     recomputation = recomputation_of(policy.model, config.precision, state.recomputed)
@@ -197,9 +192,8 @@ def _train(
     log.info("%s", budget)
     state.recomputed = list(recomputation.modes) if recomputation.free else []
     loader.tokens_per_pass = state.tokens_per_pass = budget.tokens
-    clip: Callable[[Masters], torch.Tensor] = partial(clip_gradients, max_norm=config.training.max_grad_norm)
     if config.training.optimizer_in_backward:
-        clip = steps_in_backward(optimizer, masters, loader)
+        engine.clip = steps_in_backward(optimizer, masters, loader)
     if (saved := loader.saving()) >= 0.005:
         log.info(
             "shared prefixes: about %.0f%% of the tokens are computed with another example's", 100 * saved
@@ -221,14 +215,21 @@ def _train(
             },
         )
 
-    write_model = partial(_write_model, model=model, masters=masters, tokenizer=tokenizer, config=config)
+    write = partial(write_model, model=model, masters=masters, tokenizer=tokenizer, config=config)
     limit = config.output.save_total_limit
     follower = Follower() if given is None else given.follower
     checkpoints = Checkpoints(
-        folder, write_model, limit=limit, job=job, writes=processes.main, on_saved=follower.saved
+        folder,
+        write,
+        limit=limit,
+        job=job,
+        writes=processes.main,
+        on_saved=follower.saved,
+        background=engine.lockstep,
+        writers=processes if engine.each_writes else None,
     )
     evaluate = evaluation(config, data.validation, policy, loader, tuning, device, processes)
-    sample = sampling(config, data.validation, model, tokenizer)
+    sample = sampling(config, data.validation, model, tokenizer, engine)
     plan = build_plan(
         config, loader.steps_per_epoch, total_steps, evaluates=evaluate is not None, samples=sample is not None
     )
@@ -236,7 +237,9 @@ def _train(
     watch_figures = None if tuning is None else watch_of(config, loader, data.validation, total_steps, state)
 
     measure_general = None
-    if processes.main:
+    if engine.lockstep:
+        say_not_measured(config)
+    elif processes.main:
         measure_general = before_training(config, tokenizer, policy, loader, total_steps, opened, state, device)
 
     # 4. Train, to the end or to a signal, and put the result at the top of the folder.
@@ -244,27 +247,22 @@ def _train(
         Interrupt() as interrupt,
         report_of_a_failure(folder if processes.main else None),
         _recorder(folder, total_steps, state, trackers, processes, watch_figures, follower) as recorder,
-        _remembered_if_out_of_memory(folder, config, processes),
+        _remembered_if_out_of_memory(folder, config, engine),
     ):
         if state.step < total_steps:
             log.info("%.1f seconds to the first step", time.perf_counter() - began)
         follower.begins(total_steps, loader.steps_per_epoch, state.step)
         state, stopped = fit(
-            policy,
+            engine,
             objective,
             loader,
-            masters,
-            optimizer,
             learning_rate=schedule(config.training, total_steps),
-            clip=clip,
-            scaler=scaler,
             plan=plan,
             state=state,
             recorder=recorder,
             checkpoints=checkpoints,
-            processes=processes,
             evaluate=evaluate,
-            sample=sample if processes.main else None,
+            sample=sample if processes.main or engine.lockstep else None,
             interrupted=interrupt,
             device=device,
             peak_memory=partial(peak_memory_gib, device),
@@ -277,11 +275,17 @@ def _train(
                 f"Go on with the same command and --resume_from_checkpoint auto"
             )
             return stop(folder, state) if processes.main else RunResult(folder, False, state)
-    if not processes.main:
+    if not processes.main and not engine.lockstep:
         return RunResult(folder, True, state)
-    with masters.looked_at(optimizer):
+    with engine.looked_at():
+        kept = keep_best(config, folder, state, engine, recorder)
+        weights = engine.weights()
+        if not processes.main:
+            return RunResult(folder, True, state)
         peak = watch.peak(recomputation.modes)
-        return finish(config, folder, state, checkpoints, masters, recorder, len(data.train), peak, measure_general)
+        return finish(
+            config, folder, state, checkpoints, kept, weights, recorder, len(data.train), peak, measure_general
+        )
 
 
 def _first_documents(dataset: TokenDataset, config: Config) -> list[torch.Tensor]:
@@ -298,11 +302,12 @@ def _first_documents(dataset: TokenDataset, config: Config) -> list[torch.Tensor
 
 
 @contextmanager
-def _remembered_if_out_of_memory(folder: Path, config: Config, processes: Processes) -> Iterator[None]:
+def _remembered_if_out_of_memory(folder: Path, config: Config, engine: Engine) -> Iterator[None]:
     try:
         yield
     except OutOfMemory as error:
-        if processes.main and error.documents > 1:
+        # In lockstep the process whose memory it is knows alone.
+        if error.documents > 1 and (engine.processes.main or engine.lockstep):
             remember_smaller(folder, error.smaller, config)
         raise
 
@@ -383,29 +388,6 @@ def _say_steps(
     )
 
 
-def _write_model(
-    folder: Path,
-    *,
-    model: PreTrainedModel,
-    masters: Masters,
-    tokenizer: PreTrainedTokenizerBase,
-    config: Config,
-) -> None:
-    """The adapter or the whole model, with tokenizer and chat template, as other tools load them."""
-    masters.publish()
-    if config.adapter.adapter:
-        save_adapter(
-            model,
-            folder,
-            base_model=config.model.base_model,
-            revision=config.model.revision,
-            adapter=config.adapter,
-        )
-    else:
-        model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def _job(config: Config, data: PreparedData, masters: Masters, loader: StepLoader) -> dict[str, Any]:
     """What a checkpoint must agree on with the run that goes on from it."""
     return {
@@ -417,5 +399,5 @@ def _job(config: Config, data: PreparedData, masters: Masters, loader: StepLoade
         "sample_packing": config.data.sample_packing,
         "rl": config.preference.rl,
         "optimizer": config.training.optimizer,
-        "parameters": {name: list(master.shape) for name, master in masters.masters.items()},
+        "parameters": masters.shapes,
     }

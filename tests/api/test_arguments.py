@@ -24,10 +24,12 @@ def keys(args: Any, eval_data: bool = False) -> dict[str, Any]:
 
 def classes() -> list[type]:
     import trl
+    from trl.experimental.cpo import CPOConfig
     from trl.experimental.orpo import ORPOConfig
 
-    theirs = [transformers.TrainingArguments, trl.SFTConfig, trl.DPOConfig, ORPOConfig]
-    return [*theirs, luthier.SFTConfig, luthier.DPOConfig, luthier.ORPOConfig, luthier.TrainingArguments]
+    theirs = [transformers.TrainingArguments, trl.SFTConfig, trl.DPOConfig, ORPOConfig, trl.KTOConfig, CPOConfig]
+    ours = [luthier.SFTConfig, luthier.DPOConfig, luthier.ORPOConfig, luthier.KTOConfig, luthier.CPOConfig]
+    return [*theirs, *ours, luthier.TrainingArguments]
 
 
 def test_every_argument_of_every_class_has_its_place() -> None:
@@ -105,7 +107,7 @@ def test_what_has_no_effect_is_said_once(name: str, caplog: pytest.LogCaptureFix
     ("given", "says"),
     [
         ({"neftune_noise_alpha": 5.0}, "leave it out"),
-        ({"deepspeed": "x.json"}, "torchrun"),
+        ({"deepspeed": "x.json"}, "luthier train config.yaml"),
         ({"lr_scheduler_type": "polynomial"}, "linear, cosine"),
         ({"optim": "galore_adamw", "optim_target_modules": ["q"]}, "leave it out"),
         ({"optim": "adamw_apex_fused"}, "adamw_torch_fused"),

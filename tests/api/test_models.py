@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, TextStreamer
 
 import luthier
+from luthier.api import saving
 from luthier.errors import ConfigError, ModelError
 from luthier.models import several
 from luthier.models.adapter_files import adapter_settings
@@ -169,7 +170,10 @@ def test_the_first_adapter_is_that_of_a_run(pair: tuple[Any, Any], toy_llama_dir
 
 
 @pytest.mark.parametrize("adapter", [True, False])
-def test_saving(adapter: bool, pair: tuple[Any, Any], tmp_path: Path) -> None:
+def test_saving(
+    adapter: bool, pair: tuple[Any, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="luthier")
     model, tokenizer = pair
     if adapter:
         model = luthier.FastLanguageModel.get_peft_model(model, r=2, lora_alpha=2, init_lora_weights=False)
@@ -178,6 +182,11 @@ def test_saving(adapter: bool, pair: tuple[Any, Any], tmp_path: Path) -> None:
     with torch.no_grad():
         expected, found = model.eval()(IDS).logits, merged(IDS).logits
     assert (found - expected).norm() < 0.03 * expected.norm()  # bfloat16 has 8 bits
+    if adapter:
+        record = (tmp_path / "merged" / "merge.json").read_text()
+        assert json.loads(record)["adapters"][0]["path"] == "the adapter in memory"
+        assert "luthier-" not in record and json.loads(record)["check"]["text"] == "4 fixed texts"
+        assert not [each for each in caplog.messages if "cannot be read" in each]  # there are no rows to look for
     model.save_pretrained_merged(tmp_path / "lora", tokenizer, save_method="lora")
     name = "adapter_model.safetensors" if adapter else "model.safetensors"
     assert (tmp_path / "lora" / name).is_file() and (tmp_path / "lora" / "tokenizer.json").is_file()
@@ -189,6 +198,21 @@ def test_saving(adapter: bool, pair: tuple[Any, Any], tmp_path: Path) -> None:
         with pytest.raises(ModelError, match="no adapter to merge"):
             model.save_pretrained_merged(tmp_path / "x", tokenizer, save_method="merged_4bit")
     assert not (tmp_path / "x").exists()
+
+
+def test_what_is_saved_answers_in_the_models_own_format(toy_llama_dir: Path, tmp_path: Path) -> None:
+    """The chat template's, until a run says another; then the run's, also when its adapter is opened again."""
+    model, tokenizer = luthier.FastLanguageModel.from_pretrained(str(toy_llama_dir), load_in_4bit=False)
+    model = luthier.FastLanguageModel.get_peft_model(model, r=2)
+    assert saving._config_of(model, tokenizer).data.datasets[0].type == "chat_template"
+    tokenizer.chat_template = None
+    assert saving._config_of(model, tokenizer).data.datasets[0].type == "completion"
+    model.save_pretrained(tmp_path)
+    rows = [{"path": "rows.jsonl", "type": "alpaca"}]
+    run = luthier.Config.from_flat({"base_model": str(toy_llama_dir), "adapter": "lora", "datasets": rows})
+    (tmp_path / "config.yaml").write_text(run.to_yaml(), encoding="utf-8")
+    again, tokenizer = luthier.FastLanguageModel.from_pretrained(str(tmp_path), load_in_4bit=False)
+    assert saving._config_of(again, tokenizer).data.datasets[0].type == "alpaca"
 
 
 def test_merged_4bit(pair: tuple[Any, Any], tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ except AttributeError as error:
     assert "no attribute 'nothing'" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["PatchDPOTrainer", "KTOTrainer", "train_on_responses_only"])
+@pytest.mark.parametrize("name", ["PatchDPOTrainer", "GRPOTrainer", "setup_chat_format"])
 def test_names_of_the_others_say_what_to_write(name: str) -> None:
     with pytest.raises(ImportError, match=f"luthier has no {name}; write .*docs/porting.md"):
         exec(f"from luthier import {name}")

@@ -266,19 +266,28 @@ def test_early_stopping_is_the_configs(make: Callable[..., Any]) -> None:
     assert trainer.config.evaluation.early_stopping_patience == 3
 
 
-def test_evaluate_is_the_loss_of_transformers(make: Callable[..., Any], tokenizer: Any) -> None:
-    texts = ["one two three four", "five six seven"]
-    trainer = make(eval_dataset=[{"text": text} for text in texts])
-    figures = trainer.evaluate()
+def mean_loss(model: Any, texts: list[str], tokenizer: Any) -> float:
+    """Per token of all texts, by the model's own forward."""
     total = count = 0.0
     for text in texts:
         ids = torch.tensor(tokenizer(text + tokenizer.eos_token)["input_ids"])[None]
         with torch.no_grad():
-            mean = trainer.model.eval()(ids, labels=ids).loss
+            mean = model.eval()(ids, labels=ids).loss
         total, count = total + float(mean) * (ids.shape[1] - 1), count + ids.shape[1] - 1
-    assert figures["eval_loss"] == pytest.approx(total / count, abs=1e-5)
+    return total / count
+
+
+def test_evaluate_is_the_loss_of_transformers(make: Callable[..., Any], tokenizer: Any) -> None:
+    texts = ["one two three four", "five six seven"]
+    trainer = make(eval_dataset=[{"text": text} for text in texts])
+    figures = trainer.evaluate()
+    assert figures["eval_loss"] == pytest.approx(mean_loss(trainer.model, texts, tokenizer), abs=1e-5)
     assert trainer.evaluate([{"text": texts[0]}], metric_key_prefix="test").keys() >= {"test_loss", "test_runtime"}
     assert not trainer.output_dir.exists()
+    trainer.train()
+    after = trainer.evaluate()["eval_loss"]
+    assert after == pytest.approx(mean_loss(trainer.model, texts, tokenizer), abs=1e-5)
+    assert abs(after - figures["eval_loss"]) > 1e-3
     with pytest.raises(ConfigError, match="no eval_dataset"):
         make().evaluate()
 
@@ -437,5 +446,5 @@ def test_one_process(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) 
     processes = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
     for name, value in processes.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(RunError, match="torchrun -m luthier train"):
+    with pytest.raises(RunError, match="`luthier train` and its config.yaml"):
         train(trainer.config, Given(trainer.model.get_base_model()))

@@ -48,3 +48,26 @@ def test_the_table_takes_ratios_within_rounds() -> None:
     assert rows[0][1] == "75 and 31"
     assert "the same ids: 2 of 3" in generate.section([result])
     assert generate.section([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("why_off", "said"), [("", "12 steps captured, 300 replayed"), ("it waits", "no CUDA graphs: it waits")]
+)
+def test_a_result_of_a_gpu_says_whether_graphs_were_on(why_off: str, said: str) -> None:
+    side = {"peak_memory_gib": 1.0, "elsewhere": 0.1}
+    for case in ("one_by_one", "at_once"):
+        side[case] = {"seconds": 1.0, "cpu_seconds": 1.0, "tokens": 100}  # type: ignore[assignment]
+    graphs = {"captured": 12, "replayed": 300, "why_off": why_off}
+    ours = side | {"gpu": "a card", "graphs": graphs}
+    result = {
+        "shape": "tiny",
+        "date": "2026-01-01T00:00",
+        "commit": "abc",
+        "hardware": {"cpu": "a", "cores": 2},
+        "prompts": {"source": "x", "count": 3, "one_by_one": 3},
+        "new_tokens": 5,
+        "rounds": [{"luthier": ours, "peft": side, "same_ids": 3}],
+    }
+    told = generate.section([result | {"device": "cuda"}, result | {"device": "cpu"}])
+    assert told.count("tiny: ") == 2  # neither hides the other
+    assert told.count(said) == told.count("a card") == told.count("bf16") == told.count("fp32") == 1

@@ -13,10 +13,10 @@ import torch
 
 from luthier.cli import main
 from luthier.config import Config
-from luthier.errors import DataError
+from luthier.errors import ConfigError, DataError
 from luthier.evaluate.judge import answers as judge_answers
 from luthier.evaluate.judge import name as judge_name
-from luthier.evaluate.judge.answers import is_base_of, open_side, read_prompts
+from luthier.evaluate.judge.answers import base_of, is_base_of, open_side, read_prompts
 from luthier.evaluate.judge.human import visible
 from luthier.evaluate.judge.local import LocalJudge
 from luthier.evaluate.judge.question import LOCAL_FORM, question_text
@@ -340,6 +340,18 @@ def test_the_base_of_a_run_is_known_by_any_spelling(kin: Path, roomy_llama: Path
     assert not is_base_of(str(kin / "run"), str(kin / "adapter"))
     assert not is_base_of(str(kin / "plain.jsonl"), str(kin / "gpt-4o.jsonl"))
     assert not is_base_of(spelled, spelled)
+
+
+def test_base_is_what_a_was_trained_from(
+    kin: Path, roomy_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert {base_of(str(kin / tuned)) for tuned in ("run", "run/checkpoint-5", "adapter")} == {str(roomy_llama)}
+    with pytest.raises(ConfigError, match="does not say what it was trained from"):
+        base_of(str(kin / "plain.jsonl"))
+    monkeypatch.chdir(kin)
+    assert main(["judge", "gpt-4o.jsonl", "base", "--prompts", "p.txt", "--human"]) == 2
+    assert main(["judge", "adapter", "base", "--prompts", "p.txt", "--judge", f"local:{roomy_llama}"]) == 2
+    assert "adapter is, or was made from, the judge" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

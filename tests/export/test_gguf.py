@@ -391,7 +391,10 @@ def test_nothing_is_overwritten_or_left_half(
     assert "needs 0.1 MB of disk" in said and "are free" in said
     first = (tmp_path / "smollm-q8_0.gguf").read_bytes()
     assert "--overwrite" in failed(call, capsys)
-    assert "Modelfile is there already" in failed([*call, "--quant", "f16"], capsys)
+    other = tmp_path / "Modelfile-smollm-f16"
+    other.write_text("mine", encoding="utf-8")
+    assert "Modelfile-smollm-f16 is there already" in failed([*call, "--quant", "f16"], capsys)
+    other.unlink()
 
     def broken(*_: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -402,6 +405,11 @@ def test_nothing_is_overwritten_or_left_half(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["Modelfile", "smollm-q8_0.gguf"]
     assert (tmp_path / "smollm-q8_0.gguf").read_bytes() == first
     assert main(["export", *call, "--overwrite"]) == 0
+    capsys.readouterr()
+    assert main(["export", *call, "--quant", "f16", "--no-check"]) == 0  # a second file has a Modelfile of its own
+    assert "and a Modelfile-smollm-f16 for Ollama beside it" in capsys.readouterr().err
+    for modelfile, weights in (("Modelfile", "q8_0"), (other.name, "f16")):
+        assert (tmp_path / modelfile).read_text().startswith(f"FROM ./smollm-{weights}.gguf\n")
 
 
 def test_too_large_for_16_bits(

@@ -218,6 +218,14 @@ def test_what_is_not_there_is_said_before_the_first_word(chat: Chat, toy_llama_d
     said, error, status = chat(["hello"], models=(toy_llama_dir, tmp_path / "nothing"))
     assert (said, status) == ([], 1)
     assert "nothing" in error
+    (tmp_path / "run.yml").write_text("base_model: x\n", encoding="utf-8")
+    for wrong, says in (
+        (Path("nosuch"), "'nosuch': it is not on this machine, and the hub cannot be reached"),
+        (tmp_path / "run.yml", "run.yml is a file: give the folder"),
+    ):
+        said, error, status = chat(["hello"], models=(toy_llama_dir, wrong))
+        assert (said, status) == ([], 1)
+        assert says in error and error.count("error:") == 1
 
 
 def test_out_of_memory_takes_the_message_back(chat: Chat, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -346,9 +346,10 @@ def test_where_memory_ends_batches_get_smaller(
         (["--data", "p.jsonl"], "--data needs --output"),
         (["--data", "p.jsonl", "-o", "a.jsonl", "-p", "x"], "one of --prompt TEXT and --data FILE"),
         ([], "one of --prompt TEXT and --data FILE"),
-        (["-p", "x", "--num-samples", "2", "--overwrite"], "--num-samples, --overwrite go with --data"),
+        (["-p", "x", "--num-samples", "2", "--overwrite"], "--num-samples, --overwrite: only with --data"),
         (["--data", "p.jsonl", "-o", "a.jsonl", "--input", "x"], "--input is that of a single prompt"),
         (["--data", "p.jsonl", "-o", "a.csv"], "call it a.jsonl"),
+        (["--data", "nothing.jsonl", "-o", "a.csv"], "call it a.jsonl"),  # before the rows are read
         (["--data", "p.jsonl", "-o", "p.jsonl"], "is the file of the prompts"),
         (["--data", "p.jsonl", "-o", "a.jsonl", "--num-samples", "2"], "greedy answers are all the same"),
         (["--data", "p.jsonl", "-o", "a.jsonl", "--engine", "tgi"], "it is luthier or vllm"),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from luthier.errors import ModelError
+from luthier.errors import ConfigError, ModelError
 from luthier.generate.engine import Engine
 from luthier.generate.rows import Row
 from luthier.generate.sampling import Sampling
@@ -221,10 +221,14 @@ def test_names(two: tuple[Path, Path], tmp_path: Path) -> None:
     assert name_of(str(tmp_path / "run" / "checkpoint-5")) == "run/checkpoint-5"
     assert name_of(str(tmp_path / "run")) == "run"
     assert name_of("owner/model") == "owner/model"
-    with pytest.raises(ModelError, match="two models are called 'one'"):
+    with pytest.raises(ConfigError, match=r"two models are called 'one': name them all"):
         open_several([str(two[0]), str(two[0])])
-    with pytest.raises(ModelError, match="1 names for 2 models"):
+    with pytest.raises(ConfigError, match=r"two models are called 'a': give each a name of its own"):
+        open_several([str(path) for path in two], names=["a", "a"])
+    with pytest.raises(ConfigError, match="1 name for 2 models"):
         open_several([str(path) for path in two], names=["a"])
+    with pytest.raises(ModelError, match=r"nothing-here is no folder here.*check the path"):
+        open_several([str(two[0]), str(tmp_path / "nothing-here")])
 
 
 def test_equal_numbers_of_tokens_and_texts() -> None:

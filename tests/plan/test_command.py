@@ -469,7 +469,7 @@ def test_families_have_their_published_sizes(family: str) -> None:
         (["--gpu", "t4", "--memory", "3GiB"], "keep one"),
         (["--fit"], "--gpu NAME or --memory SIZE"),
         (["--fit", "--memory", "9GiB", "--family", "llama-9"], "there are llama-2"),
-        (["--num-gpus", "2", "--gpu", "t4"], "--num-gpus goes with --fit"),
+        (["--fit", "--gpu", "t4", "--interconnect", "pcie3"], "--interconnect does nothing with --fit"),
         (["--measured", "nowhere"], "nowhere"),
         (["--measured", ".", "--tokens-per-second", "3"], "keep one"),
         (["--mfu", "0.5", "--memory", "9GiB"], "name the card with --gpu"),
@@ -515,6 +515,15 @@ def test_a_config_json_with_a_wrong_value(plan: Plan, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": "wide"}))
     status, _, err = plan("--rows", "10", base_model=str(tmp_path))
     assert status == 1 and "cannot load the model" in err and "hidden_size" in err
+
+
+@pytest.mark.parametrize("name", ["num_attention_heads", "num_key_value_heads", "hidden_size"])
+def test_a_config_json_with_nothing_of_something(name: str, plan: Plan, toy_llama_dir: Path, tmp_path: Path) -> None:
+    described = json.loads((toy_llama_dir / "config.json").read_text())
+    described.pop("head_dim", None)
+    (tmp_path / "config.json").write_text(json.dumps(described | {name: 0}))
+    status, _, err = plan("--rows", "10", base_model=str(tmp_path))
+    assert status == 1 and "its config.json describes no model: " in err and name in err
 
 
 def test_a_folder_without_a_config(plan: Plan, tmp_path: Path) -> None:

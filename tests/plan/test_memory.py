@@ -12,11 +12,12 @@ from torch import nn
 from luthier.config import Config
 from luthier.config.optimizers import OPTIMIZERS, OptimizerName
 from luthier.models.recompute import MODES
-from luthier.plan import memory
-from luthier.plan.engine import Engine, Pass
-from luthier.plan.memory import memory_of, weight_bytes
+from luthier.plan import memory, weights
+from luthier.plan.engine import Engine, Pass, Sharding
+from luthier.plan.memory import memory_of
 from luthier.plan.optimizers import state_bytes
 from luthier.plan.shape import shape_of
+from luthier.plan.weights import weight_bytes
 from luthier.train.optim import Masters
 from luthier.train.optimizers import build_optimizer
 from tests.models.families import toy_model
@@ -166,7 +167,7 @@ def test_gradients_stand_beside_activations_only_where_a_step_has_several_passes
 def test_more_tokens_never_need_less() -> None:
     shape = shape_of(_trained(toy_model("gemma2")))
     for mode in MODES:
-        engine = Engine(recompute=mode, cards=2)
+        engine = Engine(recompute=mode, sharding=Sharding(2, 3, fsdp=True))
         sizes = [memory_of(shape, engine, Pass(n, n, n, n * n)).total for n in (1, 10, 100, 10**4, 10**6)]
         assert sizes == sorted(sizes)
     room = 10**8
@@ -234,7 +235,7 @@ def test_bytes_of_nf4_are_those_of_bitsandbytes(double: bool) -> None:
     weight = torch.randn(512, 1024)
     packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=double)
     real = packed.nbytes + state.absmax.nbytes + (state.state2.absmax.nbytes if double else 0)
-    each = memory.NF4_BYTES if double else memory.NF4_SINGLE_BYTES
+    each = weights.NF4_BYTES if double else weights.NF4_SINGLE_BYTES
     assert each * weight.numel() == pytest.approx(real, rel=1e-3)
 
 
@@ -247,5 +248,5 @@ def test_quantised_weights_leave_embeddings_head_and_norms_alone() -> None:
     shape = shape_of(model)
     assert weight_bytes(shape, Engine()) == 2 * (linear + others)
     assert weight_bytes(shape, Engine(quantised="8bit")) == linear + 4 * rows + 2 * others
-    assert weight_bytes(shape, Engine(quantised="4bit")) == memory.NF4_BYTES * linear + 2 * others
-    assert weight_bytes(shape, Engine(cards=3)) == pytest.approx(2 * (linear + others) / 3)
+    assert weight_bytes(shape, Engine(quantised="4bit")) == weights.NF4_BYTES * linear + 2 * others
+    assert weight_bytes(shape, Engine(sharding=Sharding(3, 3))) == pytest.approx(2 * (linear + others) / 3)

@@ -87,7 +87,10 @@ def test_a_shutdown_by_signal(started: tuple[subprocess.Popen[str], str]) -> Non
 @pytest.mark.parametrize(
     ("arguments", "status", "says"),
     [
-        ([str(BASE), "--name", "a", "--name", "b", "--port", "0"], 1, "2 names for 1 models"),
+        ([str(BASE), "--name", "a", "--name", "b", "--port", "0"], 2, "2 names for 1 model:"),
+        ([str(BASE), "--name", "", "--port", "0"], 2, "a name is empty"),
+        ([str(BASE), str(BASE), "--port", "0"], 2, "two models are called 'base_model': name them all"),
+        ([__file__, "--port", "0"], 1, "is a file: give the folder"),
         (["/nothing/here", "--port", "0"], 1, "/nothing/here"),
         ([str(BASE), "--api-key", ""], 2, "the API key must be"),
         ([str(BASE), "--api-key", "two words"], 2, "the API key must be"),

@@ -94,7 +94,11 @@ def test_unknown_fields_are_named_together() -> None:
         ({"temperature": True}, "temperature: must be a number"),
         ({"temperature": -1}, "temperature must be 0"),
         ({"top_p": 0}, "top_p must be above 0"),
-        ({"max_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"temperature": 1e-40}, "temperature must be 0 .greedy. or at least"),
+        ({"repetition_penalty": 1e-40}, "repetition_penalty must be 0.01 to 100"),
+        ({"repetition_penalty": 1e9}, "repetition_penalty must be 0.01 to 100"),
+        ({"max_tokens": 0}, " max_tokens must be at least 1"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens must be at least 1"),
         ({"max_tokens": 1.5}, "max_tokens: must be a whole number"),
         ({"max_tokens": 10**400}, "max_tokens: must be a whole number"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "different things"),
@@ -123,8 +127,9 @@ def test_unknown_fields_are_named_together() -> None:
     ],
 )
 def test_malformed_fields(field: dict[str, Any], says: str) -> None:
-    with pytest.raises(ApiError, match=says):
+    with pytest.raises(ApiError, match=says) as found:
         read_chat(chat(**field))
+    assert found.value.param in field
 
 
 @pytest.mark.parametrize("prompt", [None, "", [], [[]], [1, "x"], ["x", [1]], [True], {"a": 1}, 7, [1.0]])

@@ -168,6 +168,19 @@ def test_requests_that_ask_alike_share_their_choice(several: Several) -> None:
     assert not served._choosers
 
 
+def test_whole_numbers_are_numbers(running: Running) -> None:
+    """What JSON has for 2.0 is 2, and transformers' processors want the first."""
+    for fields in ({"temperature": 2}, {"temperature": 0.5, "repetition_penalty": 2}, {"temperature": 1, "top_p": 1}):
+        texts = []
+        for kind in (int, float):
+            whole = {name: kind(value) if value == int(value) else value for name, value in fields.items()}
+            body = {"model": "base", "prompt": "x", "seed": 1, "max_tokens": 6, **whole}
+            answer = httpx.post(f"{running.api}/completions", json=body, timeout=60)
+            assert answer.status_code == 200, answer.text
+            texts.append(answer.json()["choices"][0]["text"])
+        assert texts[0] == texts[1]
+
+
 def test_several_answers_stops_and_seeds(
     client: openai.OpenAI, alone: Callable[..., Any], toy_tokenizer: Any
 ) -> None:

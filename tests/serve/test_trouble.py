@@ -92,6 +92,51 @@ def failing(running: Running, error: Exception, times: int = 1, texts: int = 1) 
         loop.logits = logits
 
 
+def test_a_fault_of_the_servers_own_is_an_answer_too(
+    running: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any) -> None:
+        raise ValueError("a fault of some kind")
+
+    served = running.service.model("base")
+    monkeypatch.setattr(served, "rows", broken)
+    answer = ask(running, "x")
+    assert answer.status_code == 500
+    assert answer.json()["error"]["type"] == "server_error"
+    until(lambda: "a fault of some kind" in caplog.text)  # behind the answer
+    page = httpx.get(f"{running.address}/metrics").text
+    assert re.search(r'luthier_requests_total\{endpoint="/v1/completions",model="base",status="500"\} [1-9]', page)
+    monkeypatch.undo()
+    assert ask(running, "x").status_code == 200
+
+
+def test_scores_that_are_no_numbers_stay_with_their_text(start: Callable[..., Running]) -> None:
+    """A text for which the model overflows gets some token; those that run beside it are as they would be alone."""
+    running = start()
+    alone = ask(running, "beside it").json()["choices"][0]["text"]
+    loop: Any = running.service.worker.loop
+    logits = loop.logits
+
+    def overflowing(*args: Any) -> Any:
+        found = logits(*args)
+        for at, row in enumerate(loop.running):
+            if row.chooser.do_sample:
+                found[at] = float("nan")
+        return found
+
+    loop.logits = overflowing
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            with held(running):
+                both = [pool.submit(ask, running, "ill", temperature=1.0), pool.submit(ask, running, "beside it")]
+                until(lambda: len(running.service.unstarted) == 2)
+            answers = [one.result() for one in both]
+    finally:
+        loop.logits = logits
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert answers[1].json()["choices"][0]["text"] == alone
+
+
 def test_a_full_queue(start: Callable[..., Running]) -> None:
     running = start(Limits(max_queue=3))
     with ThreadPoolExecutor(4) as pool:

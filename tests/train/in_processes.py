@@ -1,6 +1,7 @@
 """Started by a launcher in several processes: runs of configs one after another, or one command line.
 
     in_processes.py runs CONFIG...           each run's final masters go to <output_dir>/masters-<rank>.safetensors
+    in_processes.py train CONFIG...          `luthier train`, one after another
     in_processes.py full RANK TOKENS CONFIG  `luthier train` where a pass of more tokens finds no memory on one rank
 """
 
@@ -16,20 +17,20 @@ from safetensors.torch import save_file
 
 from luthier.cli import main
 from luthier.config import Config
-from luthier.train import run
+from luthier.train import run, spread
 
 RANK = os.environ["RANK"]
 
 
 def runs(files: list[str]) -> None:
     made: list[Any] = []
-    masters_of = run.Masters
+    masters_of = spread.Masters
 
     def noted(*arguments: Any, **options: Any) -> Any:
         made.append(masters_of(*arguments, **options))
         return made[-1]
 
-    run.Masters = noted  # type: ignore[assignment, misc]
+    spread.Masters = noted  # type: ignore[assignment, misc]
     for file in files:
         if status := main(["train", file]):
             sys.exit(status)
@@ -61,5 +62,7 @@ if __name__ == "__main__":
     what, *rest = sys.argv[1:]
     if what == "runs":
         runs(rest)
+    elif what == "train":
+        sys.exit(max(main(["train", file]) for file in rest))
     else:
         full(*rest)

@@ -14,7 +14,7 @@ from torch import nn
 from luthier.config import Config
 from luthier.errors import ConfigError, RunError
 from luthier.models.policy import Policy
-from luthier.train import checkpoint, run
+from luthier.train import checkpoint, run, spread
 from luthier.train.composed import PerParameter, stochastic_round
 from luthier.train.optim import Masters
 from luthier.train.run import train
@@ -65,7 +65,7 @@ def test_of_all_gradients_one_parameters_is_alive_at_a_time(
     """Bytes of all .grad whenever one arrives, and the norm is the one that clipping would have seen."""
     alive: list[int] = []
     largest, total = 0, 0
-    build = run.build_optimizer
+    build = spread.build_optimizer
 
     def built(masters: Masters, training: Any) -> torch.optim.Optimizer:
         nonlocal largest, total
@@ -79,7 +79,7 @@ def test_of_all_gradients_one_parameters_is_alive_at_a_time(
             parameter.register_post_accumulate_grad_hook(count)
         return build(masters, training)
 
-    monkeypatch.setattr(run, "build_optimizer", built)
+    monkeypatch.setattr(spread, "build_optimizer", built)
     values = {**FULL, "kernels": "reference"}
     train(run_config(**values, optimizer_in_backward=True))
     assert 0 < max(alive) == largest

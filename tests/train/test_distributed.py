@@ -34,13 +34,13 @@ from tests.train.conftest import losses
 MakeConfig = Callable[..., Config]
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(Path(__file__).with_name("in_processes.py"))
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 
 
-def _start(*arguments: str) -> subprocess.Popen[str]:
+def _start(*arguments: str, processes: int = 2) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [*LAUNCHER, *arguments], stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+        [*LAUNCHER, str(processes), *arguments], stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment
     )
 
 

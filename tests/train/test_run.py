@@ -274,9 +274,9 @@ def test_fp16_scales_the_loss_and_comes_near_fp32(
 def test_gradients_that_are_not_finite_stop_the_run_as_well(
     run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from luthier.train import run
+    from luthier.train import engine
 
-    monkeypatch.setattr(run, "clip_gradients", lambda masters, max_norm: torch.tensor(math.nan))
+    monkeypatch.setattr(engine, "clip_gradients", lambda masters, max_norm: torch.tensor(math.nan))
     with pytest.raises(RunError, match="gradient's norm is nan at step 1"):
         train(run_config())
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.data.conversations import ROLES
 from luthier.data.files import kind_of, read_file
-from luthier.errors import DataError, ModelError
+from luthier.errors import ConfigError, DataError, ModelError
 from luthier.evaluate.results import digest
 from luthier.generate import asking as asking_module
 from luthier.generate.identity import ADAPTER_CONFIG, MODEL_CONFIG, model_files, model_names, resolved
@@ -183,6 +183,14 @@ def check_model(target: str) -> None:
         raise ModelError(f"{target}: neither {ADAPTER_CONFIG} nor {MODEL_CONFIG} is here; has its run ended?")
     if not folder.exists() and not HUB_ID.fullmatch(target):
         raise ModelError(f"{target}: there is no such file or folder here, and it is no name on the hub")
+
+
+def base_of(tuned: str) -> str:
+    """What a run, an adapter or a merged model was trained from. ConfigError: nothing says so."""
+    names = model_names(tuned)
+    if len(names) < 2:
+        raise ConfigError(f"base: {tuned} does not say what it was trained from; name the base by its path or hub id")
+    return names[1]
 
 
 def is_base_of(model: str, tuned: str) -> bool:

@@ -23,6 +23,7 @@ from luthier.evaluate.judge.answers import (
     Prompt,
     Side,
     answers_of,
+    base_of,
     is_base_of,
     open_side,
     read_prompts,
@@ -54,7 +55,9 @@ INCOMPLETE = 3  # exit status: some pairs have no verdict yet; the same command 
 
 def command(
     a: Annotated[str, typer.Argument(metavar="A", help="Run, adapter, model, hub id, or a JSONL of answers.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="What A is compared with, likewise.")],
+    b: Annotated[
+        str, typer.Argument(metavar="B", help="What A is compared with, likewise; base: what A was trained from.")
+    ],
     prompts: Annotated[
         Path,
         typer.Option(help="Text, one question a line, or rows with prompt, instruction and input, or messages."),
@@ -104,6 +107,8 @@ def command(
     key = api_key(name, api_key_env)
     standard = _criteria(criteria)
     questions = read_prompts(prompts.expanduser(), limit)
+    if b == "base" and not Path(b).exists():
+        b = base_of(a)
     sides = open_side(a), open_side(b)
     if _key_of(sides[0]) == _key_of(sides[1]):
         raise ConfigError(f"A and B are both {a}: there is nothing to compare")

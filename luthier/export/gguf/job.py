@@ -42,7 +42,7 @@ def export_gguf(
     Raises:
         LuthierError: something does not fit; what was there before is still there then.
     """
-    beside = target.with_name(MODELFILE)
+    beside = _beside(target)
     _check_target(target, beside, overwrite=overwrite)
     quants.check_installed(quant)
     document, ends = describe(opened, run)
@@ -80,7 +80,7 @@ def export_gguf(
     log.info("%d tensors written, %s", len(document.entries), in_words(size))
     if check:
         proof.compare(opened, run, target, quant)
-    log.info("the model is in %s, and a %s for Ollama beside it", target, MODELFILE)
+    log.info("the model is in %s, and a %s for Ollama beside it", target, beside.name)
 
 
 def describe(opened: Opened, run: Config | None) -> tuple[write.Document, list[str]]:
@@ -149,6 +149,14 @@ def _before(opened: Opened) -> str:
     if stored_bits(opened.base.checkpoint) is None and own_dtype(opened.base.checkpoint) == torch.float16:
         return "f16"
     return "bf16"
+
+
+def _beside(target: Path) -> Path:
+    """The Modelfile's place: one that is there and names another file keeps its own."""
+    beside = target.with_name(MODELFILE)
+    if beside.is_file() and f"FROM ./{target.name}\n" not in beside.read_text(encoding="utf-8", errors="replace"):
+        return target.with_name(f"{MODELFILE}-{target.stem}")
+    return beside
 
 
 def _check_target(target: Path, beside: Path, *, overwrite: bool) -> None:

@@ -1,0 +1,1 @@
+"""A run as a Kubernetes Job: `luthier launch kubernetes`."""

@@ -1,0 +1,79 @@
+"""How a run is spread over its processes, by its config: the engine, and where the model is loaded before.
+
+Each of the three ways has a module: `engine` (replicas), `fsdp`, and `zero`, which is DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from transformers import PreTrainedModel
+
+from luthier.config import Config
+from luthier.models.kinds import one_of_each_layer
+from luthier.models.layers import layers_of
+from luthier.models.load import decoder_of
+from luthier.models.memory import free_memory
+from luthier.models.policy import Policy
+from luthier.models.storage import checkpoint_files
+from luthier.train import zero
+from luthier.train.distributed import Processes
+from luthier.train.engine import Engine
+from luthier.train.optim import Masters
+from luthier.train.optimizers import build_optimizer
+
+log = logging.getLogger("luthier")
+
+# Share of a GPU's free memory that a whole model may take before it is shared out.
+_ROOM = 0.6
+
+
+def engine_of(
+    config: Config, policy: Policy, device: torch.device, dtype: torch.dtype, processes: Processes
+) -> Engine:
+    """What brings gradients together and takes the step, by how the config spreads the run over its processes."""
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    max_norm = config.training.max_grad_norm
+    if config.distributed.strategy == "fsdp" and processes.size > 1:
+        from luthier.train import fsdp
+
+        fsdp.shard(policy, config, device, dtype, processes)
+        shares = fsdp.ShardedMasters(policy.model)
+        each = config.distributed.fsdp.state_dict_type == "SHARDED_STATE_DICT"
+        optimizer = build_optimizer(shares, config.training)
+        parts = (policy, shares, optimizer, scaler, processes)
+        return fsdp.Sharded(*parts, dtype=dtype, max_norm=max_norm, each_writes=each)
+    if config.distributed.strategy == "deepspeed":
+        return zero.spread(config, policy, device, dtype, processes)
+    masters = Masters(policy.model, copies=not config.training.bf16_stochastic_rounding)
+    optimizer = build_optimizer(masters, config.training)
+    return Engine(policy, masters, optimizer, scaler, processes, max_norm=max_norm)
+
+
+def loading_device(config: Config, device: torch.device, processes: Processes) -> torch.device:
+    """Where a model is loaded that is to be shared out: on the GPU if that holds it whole, else in the host's memory,
+    as mapped files, of which the processes of a machine have one copy."""
+    several = processes.size > 1
+    shared_out = several if config.distributed.strategy == "fsdp" else zero.shares_weights(config, several=several)
+    if not shared_out or device.type != "cuda":
+        return device
+    stored = sum(path.stat().st_size for path in checkpoint_files(config.model))
+    size = stored / 4 if config.model.load_in_4bit else stored
+    if 0 < size < _ROOM * free_memory(device):
+        return device
+    log.info("the model is loaded in the host's memory, and shared out from there")
+    return torch.device("cpu")
+
+
+def show(model: PreTrainedModel, device: torch.device) -> None:
+    """Bring what proofs compute with to the device: everything but the layers that look like one before them. One
+    proof stands for all modules of a kind, and the others follow when they are shared out."""
+    decoder = decoder_of(model)
+    everything = layers_of(decoder)
+    with one_of_each_layer(model):
+        shown = set(layers_of(decoder))
+    left = {id(part) for layer in everything if layer not in shown for part in layer.modules()}
+    for module in model.modules():
+        if id(module) not in left and not any(id(part) in left for part in module.modules()):
+            module.to(device)

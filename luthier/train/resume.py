@@ -36,8 +36,8 @@ def resume(
         rows, now = before.get("rows_per_step"), job["rows_per_step"]
         raise RunError(
             f"{path}: rows_per_step was {rows} when this run began, and micro_batch_size x "
-            f"gradient_accumulation_steps x the number of processes ({engine.processes.size}) is {now} now. The steps of "
-            "a run stay the same: set micro_batch_size and gradient_accumulation_steps so that the product is "
+            f"gradient_accumulation_steps x the number of processes ({engine.processes.size}) is {now} now. The steps "
+            "of a run stay the same: set micro_batch_size and gradient_accumulation_steps so that the product is "
             f"{rows} again"
         )
     if changed:

@@ -123,7 +123,7 @@ def _train(
     if config.model.load_in_fp8:
         check_fp8(device, dtype)
     check_optimizer(config.training, device, dtype)
-    zero.check(config, dtype, given=given is not None)
+    zero.check(config, device, dtype, given=given is not None)
     model_config = read_model_config(config.model) if given is None else given.model.config
     check_trains(config, model_config)
     quantization(config.model, model_config, device, dtype)  # for its errors: before data is prepared

@@ -42,7 +42,7 @@ from luthier.train.optimizers import build_optimizer
 log = logging.getLogger("luthier")
 
 
-def check(config: Config, dtype: torch.dtype, *, given: bool) -> None:
+def check(config: Config, device: torch.device, dtype: torch.dtype, *, given: bool) -> None:
     """Say what DeepSpeed cannot do here, before anything is loaded.
 
     Args:
@@ -52,6 +52,9 @@ def check(config: Config, dtype: torch.dtype, *, given: bool) -> None:
         ConfigError: it is not installed, the run computes in fp16, the model belongs to a program, or its settings ask
             for what is not built.
     """
+    if device.type == "cpu":
+        # Before anybody imports it: transformers does when it saves, and it would print that it has found no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if config.distributed.strategy != "deepspeed":
         return
     if importlib.util.find_spec("deepspeed") is None:
@@ -167,8 +170,6 @@ def _start(
     policy: Policy, optimizer: torch.optim.Optimizer, settings: dict[str, Any], device: torch.device, stage: int
 ) -> Any:
     """DeepSpeed's engine around a policy; what DeepSpeed says goes to the log, at the level of debugging."""
-    if device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     old_names = ".*all_gather_into_tensor.*|.*reduce_scatter_tensor.*"  # torch's, which DeepSpeed calls
     warnings.filterwarnings("ignore", message=old_names, category=FutureWarning)

@@ -33,6 +33,7 @@ from tests.train.test_distributed import _assert_same_run, _environment, _start,
 
 make = distributed.make  # the fixture: a config with 8 rows a step for one process, or two
 
+CPU = torch.device("cpu")
 THERE = importlib.util.find_spec("deepspeed") is not None
 
 
@@ -265,20 +266,20 @@ def _config(**keys: Any) -> Config:
 
 
 def test_what_it_cannot_do_is_said_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    zero.check(_config(), torch.float16, given=True)  # nobody asks for it
+    zero.check(_config(), CPU, torch.float16, given=True)  # nobody asks for it
     two = _config(deepspeed="zero2")
     monkeypatch.setattr(zero.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'luthier\[deepspeed\]'"):
-        zero.check(two, torch.float32, given=False)
+        zero.check(two, CPU, torch.float32, given=False)
     monkeypatch.setattr(zero.importlib.util, "find_spec", lambda name: object())
-    zero.check(two, torch.bfloat16, given=False)
+    zero.check(two, CPU, torch.bfloat16, given=False)
     with pytest.raises(ConfigError, match="belongs to a program"):
-        zero.check(two, torch.float32, given=True)
+        zero.check(two, CPU, torch.float32, given=True)
     with pytest.raises(ConfigError, match="computes in fp16"):
-        zero.check(two, torch.float16, given=False)
+        zero.check(two, CPU, torch.float16, given=False)
     nvme = _config(deepspeed={"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}})
     with pytest.raises(ConfigError, match="offload_param to nvme is not built"):
-        zero.check(nvme, torch.float32, given=False)
+        zero.check(nvme, CPU, torch.float32, given=False)
 
 
 def test_settings_are_those_of_the_yaml() -> None:

@@ -57,6 +57,7 @@ OF_MODULE: dict[str, set[str]] = {
     "train.spread": {"config", "models"},
     "train.weights": {"config", "models"},
     "train.zero": {"config", "models"},
+    "train.zero_engine": {"models"},
     "train.evaluators": {"config", "data", "evaluate", "generate", "models"},
     "train.forgetting": {"config", "data", "evaluate", "models"},
     "train.preferences": {"config", "data", "evaluate", "models", "objectives"},

@@ -44,7 +44,6 @@ from luthier.models.rank_budget import TOKENS, looks_at_data
 from luthier.models.rope import with_positions
 from luthier.objectives.sft import SFT
 from luthier.plan.measured import PeakWatch
-from luthier.train import zero
 from luthier.train.artifacts import write_environment
 from luthier.train.checkpoint import Checkpoints, State
 from luthier.train.distributed import Processes
@@ -72,7 +71,7 @@ from luthier.train.preference_watch import PreferenceWatch
 from luthier.train.preferences import PreferenceTuning, watch_of
 from luthier.train.protocols import Objective
 from luthier.train.resume import resume, say_changes
-from luthier.train.spread import engine_of, loading_device, show
+from luthier.train.spread import check_spread, engine_of, loading_device, show
 from luthier.train.trackers import Trackers, trackers_of
 from luthier.train.weights import write_model
 
@@ -123,7 +122,7 @@ def _train(
     if config.model.load_in_fp8:
         check_fp8(device, dtype)
     check_optimizer(config.training, device, dtype)
-    zero.check(config, device, dtype, given=given is not None)
+    check_spread(config, device, dtype, processes, given=given is not None)
     model_config = read_model_config(config.model) if given is None else given.model.config
     check_trains(config, model_config)
     quantization(config.model, model_config, device, dtype)  # for its errors: before data is prepared
@@ -248,6 +247,7 @@ def _train(
         report_of_a_failure(folder if processes.main else None),
         _recorder(folder, total_steps, state, trackers, processes, watch_figures, follower) as recorder,
         _remembered_if_out_of_memory(folder, config, engine),
+        processes.lost_ones_named(),
     ):
         if state.step < total_steps:
             log.info("%.1f seconds to the first step", time.perf_counter() - began)

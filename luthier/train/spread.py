@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from luthier.config import Config
+from luthier.errors import ConfigError
 from luthier.models.kinds import one_of_each_layer
 from luthier.models.layers import layers_of
 from luthier.models.load import decoder_of
@@ -27,6 +28,29 @@ log = logging.getLogger("luthier")
 
 # Share of a GPU's free memory that a whole model may take before it is shared out.
 _ROOM = 0.6
+
+
+def check_spread(
+    config: Config, device: torch.device, dtype: torch.dtype, processes: Processes, *, given: bool
+) -> None:
+    """Say what cannot be shared out as the config asks, before anything is loaded.
+
+    Args:
+        dtype: what the run computes in. given: it trains a model that a program made.
+
+    Raises:
+        ConfigError: DeepSpeed cannot do it (`zero.check`), or fp32 shares would need a loss scale of their own.
+    """
+    zero.check(config, device, dtype, given=given)
+    if config.distributed.strategy != "fsdp":
+        return
+    if processes.size == 1:
+        log.info("fsdp_version: 2 does nothing in one process")
+    elif config.adapter.adapter is None and dtype == torch.float16:
+        raise ConfigError(
+            "fsdp_version: 2 trains a whole model in bf16 or fp32, and this run computes in fp16, which needs a loss "
+            "scale: write `bf16: true`, or `fp16: false` for fp32, or train an adapter"
+        )
 
 
 def engine_of(

@@ -17,7 +17,7 @@ import pytest
 
 from luthier.cli import main
 from luthier.config import Config
-from luthier.errors import ConfigError
+from luthier.errors import ConfigError, RunError
 from luthier.launch.ended import Report
 from luthier.launch.ray import desk, driver, ended
 from luthier.launch.ray.ended import Failure
@@ -49,6 +49,13 @@ def test_without_ray_the_message_says_what_to_install(
     assert "pip install 'luthier[ray]'" in capsys.readouterr().err
 
 
+def test_a_ray_without_train_is_said_too(run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setitem(sys.modules, "ray", None)  # its import is an ImportError
+    with pytest.raises(ConfigError, match=r"Ray Train 2.60 or later .*pip install 'luthier\[ray\]'"):
+        driver.train(run_config(), 2, 0)
+
+
 @pytest.mark.parametrize(
     ("values", "address", "says"),
     [
@@ -77,11 +84,29 @@ def test_workers_are_as_many_as_gpus_that_the_config_may_use(
     assert "6 workers with 1 CPU and 1 GPU each, and the cluster has 4 GPUs now" in caplog.text
 
     monkeypatch.setattr("torch.get_num_threads", lambda: 9)
-    assert driver._workers_here(run_config(device_map="cpu"), 2) == driver.Workers(2, 4, 0)
+    assert driver._workers_here(run_config(device_map="cpu"), 2) == (driver.Workers(2, 4, 0), 0)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
-    assert driver._workers_here(run_config(), None) == driver.Workers(3, 3, 1)
-    with pytest.raises(ConfigError, match="--num-workers 4: this machine shows 3 GPUs"):
-        driver._workers_here(run_config(), 4)
+    assert driver._workers_here(run_config(), None) == (driver.Workers(3, 3, 1), 3)
+
+
+def test_more_workers_than_gpus_are_refused_on_this_machine_and_not_in_a_cluster(
+    run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = {"CPU": 64.0, "GPU": 8.0}
+
+    class Ray:
+        def init(self, address: str | None = None, num_cpus: int | None = None, **_: object) -> None:
+            if num_cpus and address != "local":
+                raise ValueError("When connecting to an existing cluster, num_cpus must not be provided.")
+
+        def cluster_resources(self) -> dict[str, float]:
+            return there
+
+    monkeypatch.setitem(sys.modules, "ray", Ray())
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="--num-workers 4: this machine shows 1 GPUs"):
+        driver._connect(run_config(), 4, "local")
+    assert driver._connect(run_config(), 4, "") == (driver.Workers(4, 1, 1), "in the cluster that is there")
 
 
 @pytest.mark.parametrize(
@@ -193,6 +218,16 @@ def test_several_machines_need_one_folder(tmp_path: Path, shared: bool, monkeypa
     else:
         with pytest.raises(ConfigError, match="output_dir has to be on a file system that all of them share"):
             worker.check_folder(tmp_path)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "head"])
+def test_a_cluster_that_cannot_be_reached_is_said_at_once(
+    run_config: MakeConfig, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(RunError, match=f"Ray's cluster at {address} cannot be reached.*RAY_ADDRESS=local"):
+        driver.train(run_config(), 2, 0)
 
 
 @pytest.mark.slow

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from luthier.config import Config
-from luthier.errors import ConfigError, ModelError
+from luthier.errors import ConfigError, ModelError, ProcessLost
 from luthier.models.policy import Policy
 from luthier.train import checkpoint, zero
 from luthier.train.distributed import Processes
@@ -182,7 +184,7 @@ def test_a_reference_that_begins_with_a_trained_adapter(
 ) -> None:
     """Its starting values are kept, in pieces, since the adapter changes something from the beginning."""
     train(make("first", 1, **_alone({}, max_steps=6, learning_rate=1e-2)))
-    values = _alone(PAIRS, max_steps=6, lora_model_dir=str(tmp_path / "first-1"))
+    values = _alone(PAIRS, max_steps=6, learning_rate=3e-4, lora_model_dir=str(tmp_path / "first-1"))
     train(make("second", 1, **values))
     said = _train_together([_write(make("second", 2, **values, deepspeed=everything))])
     assert "starting values that training changes" in said
@@ -219,19 +221,26 @@ def test_a_process_that_is_killed_ends_all_and_the_run_goes_on(make: Callable[..
     values = _alone(KINDS["full"], max_steps=4000, num_epochs=1000, save_total_limit=1)
     config = make("killed", 2, **values, deepspeed="zero3")
     folder = Path(config.output.output_dir)
-    process = _start("-m", "luthier", "train", _write(config))
-    deadline = time.monotonic() + 240
-    while process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-        if checkpoint.list_checkpoints(folder):
-            break
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    ranks = {_environment(child)["RANK"]: int(child) for child in children}
-    os.kill(ranks["1"], signal.SIGKILL)
-    began = time.monotonic()
-    _, said = process.communicate(timeout=60)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "luthier", "train", _write(config), "--num-processes", "2"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        deadline = time.monotonic() + 240
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+            if checkpoint.list_checkpoints(folder):
+                break
+        os.kill(_ranks(process.pid)["1"], signal.SIGKILL)
+        began = time.monotonic()
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode and time.monotonic() - began < 15
-    assert "error: another of the 2 processes has ended or cannot be reached" in said, said
+    (message,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert message.startswith("error: rank 1 (process ") and "was killed by SIGKILL" in message
 
     last = checkpoint.latest(folder)
     assert last is not None
@@ -240,6 +249,19 @@ def test_a_process_that_is_killed_ends_all_and_the_run_goes_on(make: Callable[..
     _train_together([_write(make("killed", 2, **settings, deepspeed="zero3"))])
     train(make("whole", 1, **_alone(KINDS["full"], max_steps=steps, num_epochs=1000)))
     np.testing.assert_allclose(losses(folder), losses(tmp_path / "whole-1"), rtol=1e-4)
+
+
+def _ranks(launcher: int) -> dict[str, int]:
+    """Processes of the run below a launcher, by rank."""
+    found, below = {}, [launcher]
+    while below:
+        parent = below.pop()
+        for task in Path(f"/proc/{parent}/task").iterdir():
+            for child in map(int, (task / "children").read_text().split()):
+                below.append(child)
+                if rank := _environment(str(child)).get("RANK"):
+                    found.setdefault(rank, child)
+    return found
 
 
 @needs_deepspeed
@@ -251,7 +273,9 @@ def test_out_of_memory_on_one_ends_all_with_the_budget_to_go_on_with(
     began = time.monotonic()
     _, said = process.communicate(timeout=240)
     assert process.returncode and time.monotonic() - began < 120
-    (message,) = {line for line in said.splitlines() if line.startswith("error: out of memory")}
+    found = {line for line in said.splitlines() if line.startswith("error: ") and "has ended" not in line}
+    assert len(found) == 1, said
+    (message,) = found
     tokens = int(message.split("in a pass of ")[1].split()[0])
     assert "on rank 1" in message and f"goes on in passes of up to {tokens // 2} tokens" in message
     noted = json.loads((tmp_path / "oom-2" / SMALLER_PASSES).read_text())
@@ -275,11 +299,16 @@ def test_what_it_cannot_do_is_said_before_anything_is_loaded(monkeypatch: pytest
     zero.check(two, CPU, torch.bfloat16, given=False)
     with pytest.raises(ConfigError, match="belongs to a program"):
         zero.check(two, CPU, torch.float32, given=True)
+    with pytest.raises(ConfigError, match="the device is mps"):
+        zero.check(two, torch.device("mps"), torch.float32, given=False)
     with pytest.raises(ConfigError, match="computes in fp16"):
         zero.check(two, CPU, torch.float16, given=False)
     nvme = _config(deepspeed={"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}})
     with pytest.raises(ConfigError, match="offload_param to nvme is not built"):
         zero.check(nvme, CPU, torch.float32, given=False)
+    nothing = _config(deepspeed={"zero_optimization": {"stage": 0}})
+    with pytest.raises(ConfigError, match="stage 0 shares nothing"):
+        zero.check(nothing, CPU, torch.float32, given=False)
 
 
 def test_settings_are_those_of_the_yaml() -> None:
@@ -337,6 +366,21 @@ def test_pieces_of_a_tensor_make_it_up_again(numbers: int) -> None:
         for rank in range(3)
     ]
     assert torch.equal(torch.cat(pieces)[:numbers], whole) and not torch.cat(pieces)[numbers:].any()
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[/pytorch/gloo/gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer"), True),
+        (torch.distributed.DistBackendError("NCCL communicator was aborted on rank 0."), True),
+        (RuntimeError("shape '[2]' is invalid for input of size 3"), False),
+    ],
+)
+def test_what_another_engine_says_of_a_process_that_is_gone(error: RuntimeError, lost: bool) -> None:
+    with pytest.raises(ProcessLost if lost else RuntimeError), Processes(0, 2).lost_ones_named():
+        raise error
+    with pytest.raises(RuntimeError), Processes().lost_ones_named():
+        raise error
 
 
 def test_counts_that_differ_become_one(caplog: pytest.LogCaptureFixture) -> None:

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -35,6 +36,7 @@ log = logging.getLogger("luthier")
 # All that goes through Ray's shared memory is the config; Ray would take a third of the machine's memory for it.
 _OBJECT_STORE_BYTES = 2**27
 _POLL_SECONDS = 0.2
+_REACH_SECONDS = 10.0
 # A worker in its steps answers a signal in this time; others have nothing to save.
 _ANSWER_SECONDS = 5.0
 # Until it is said that there is no room for the workers.
@@ -84,52 +86,76 @@ def _cluster(config: Config, asked: int | None, address: str) -> Iterator[Worker
     """A connection to a cluster, and the workers that it is to have."""
     # Read once, when Ray is imported: its second generation of Train, the caller's folder, and a plain `print`.
     os.environ |= {"RAY_TRAIN_V2_ENABLED": "1", "RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
-    import ray
+    try:
+        import ray
 
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
-    here = _workers_here(config, asked)
-    gpus = here.gpus * here.number
-    try:
-        if address and address != "local":
-            ray.init(address, **quiet)
-            workers = _workers_of(ray.cluster_resources(), config, asked)
-        else:
-            try:
-                own = dict(num_cpus=here.cpus * here.number, num_gpus=gpus, include_dashboard=False)
-                ray.init(address or None, **own, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
-                workers = here
-            except ValueError:  # Ray's way to say that `ray start` was here: that cluster has its sizes already
-                ray.init(**quiet)
-                workers = _workers_of(ray.cluster_resources(), config, asked)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise RunError(
-            f"Ray's cluster{f' at {address}' if address else ''} cannot be reached or started: {_first_line(error)}. "
-            "Look at RAY_ADDRESS, and at `ray status`; RAY_ADDRESS=local starts one on this machine"
+        import luthier.launch.ray.worker  # noqa: F401 - with all that it needs of Ray
+    except ImportError as error:
+        raise ConfigError(
+            f"--launcher ray needs Ray Train 2.60 or later ({error}): pip install 'luthier[ray]'"
         ) from error
+
     try:
-        where = "on this machine" if workers is here else f"in a cluster of {len(ray.nodes())} machines"
+        try:
+            workers, where = _connect(config, asked, address)
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            raise RunError(
+                f"Ray's cluster{f' at {address}' if address else ''} cannot be reached or started: "
+                f"{_first_line(error)}. Look at RAY_ADDRESS, and at `ray status`; RAY_ADDRESS=local starts one on this "
+                "machine"
+            ) from error
         log.info("Ray: %s, %s", workers, where)
         yield workers
     finally:
         ray.shutdown()
 
 
+def _connect(config: Config, asked: int | None, address: str) -> tuple[Workers, str]:
+    """Connect to a cluster that is there, or start one; gives its workers and where they will be."""
+    import ray
+
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
+    if address and address != "local":
+        _check_reachable(address)
+        ray.init(address, **quiet)
+    else:
+        here, gpus = _workers_here(config, asked)
+        own = dict(num_cpus=here.cpus * here.number, num_gpus=here.gpus * here.number, include_dashboard=False)
+        try:
+            ray.init(address or None, **own, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
+        except ValueError:  # Ray's way to say that `ray start` was here: that cluster has its sizes already
+            ray.init(**quiet)
+        else:
+            if here.gpus and here.number > gpus:
+                raise ConfigError(
+                    f"--num-workers {asked}: this machine shows {gpus} GPUs, and each worker takes one; with "
+                    "device_map: cpu they compute on the CPU"
+                )
+            return here, "on this machine"
+    return _workers_of(ray.cluster_resources(), config, asked), "in the cluster that is there"
+
+
+def _check_reachable(address: str) -> None:
+    """Raises ConnectionError or ValueError at once; Ray would try for minutes."""
+    if address != "auto":
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), _REACH_SECONDS).close()
+        except OSError as error:
+            raise ConnectionError(error.strerror or str(error)) from error
+
+
 def _on_cpu(config: Config) -> bool:
     return config.model.device_map in ("cpu", {"": "cpu"})
 
 
-def _workers_here(config: Config, asked: int | None) -> Workers:
-    """The workers of a cluster that is this machine alone; its cores are divided among them."""
+def _workers_here(config: Config, asked: int | None) -> tuple[Workers, int]:
+    """The workers of a cluster that is this machine alone, whose cores are divided among them; and its GPUs."""
     import torch
 
     gpus = 0 if _on_cpu(config) else torch.cuda.device_count()
-    if gpus and asked and asked > gpus:
-        raise ConfigError(
-            f"--num-workers {asked}: this machine shows {gpus} GPUs, and each worker takes one; with device_map: cpu "
-            "they compute on the CPU"
-        )
     number = asked or gpus or 1
-    return Workers(number, max(1, torch.get_num_threads() // number), 1 if gpus else 0)
+    return Workers(number, max(1, torch.get_num_threads() // number), 1 if gpus else 0), gpus
 
 
 def _workers_of(resources: dict[str, float], config: Config, asked: int | None) -> Workers:

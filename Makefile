@@ -22,7 +22,7 @@ demo: $(VENV)/installed
 test: check
 	OMP_NUM_THREADS=1 $(PYTEST)
 
-test-all: check
+test-all: $(VENV)/installed-for-all-tests check
 	OMP_NUM_THREADS=1 $(PYTEST) -m ""
 
 check: $(VENV)/installed-for-tests
@@ -42,6 +42,10 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/pip
 
 $(VENV)/installed-for-tests: $(VENV)/installed
 	$(PIP) -e ".[test]"
+	@touch $@
+
+$(VENV)/installed-for-all-tests: $(VENV)/installed-for-tests
+	$(PIP) -e ".[test-all]"
 	@touch $@
 
 $(VENV)/pip:

@@ -28,6 +28,10 @@ _LOST = re.compile(
     re.IGNORECASE,
 )
 _LONGEST = 300
+# The exit status of a run that was stopped, with a checkpoint, by a signal that this command has not got itself: on
+# another machine, or to one process alone. Whoever waits for the command could not tell it from the run's end
+# otherwise. (EX_TEMPFAIL of sysexits.h: try again.)
+STOPPED_ELSEWHERE = 75
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,13 @@ def failure(ends: Sequence[Ended], go_on: str) -> LuthierError:
     if more and first.rank:  # all that the first one says is on the screen
         parts.append(f"all that it wrote is in {first.log}")
     return RunError(f"{'; '.join(parts)}. The other processes have been ended. {go_on}")
+
+
+def stopped_elsewhere(go_on: str) -> LuthierError:
+    """The error for processes that have all ended well, but before the run's last step and without a signal here."""
+    error = RunError(f"a signal to another process has stopped the run before its last step. {go_on}")
+    error.exit_status = STOPPED_ELSEWHERE
+    return error
 
 
 def _how(code: int) -> str:

@@ -47,8 +47,8 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from luthier.config import Config
 from luthier.errors import ConfigError, RunError
 from luthier.launch.asked import host_and_port
-from luthier.launch.ended import Ended, Report, failure, how_to_go_on
-from luthier.launch.worker import Job, log_of, report_of
+from luthier.launch.ended import Ended, Report, failure, how_to_go_on, stopped_elsewhere
+from luthier.launch.worker import Job, log_of, report_of, stopped_of
 from luthier.train.distributed import Processes
 
 log = logging.getLogger("luthier")
@@ -97,8 +97,9 @@ def run_in_processes(
         endpoint: HOST:PORT where several machines meet. module: what each process runs (default: `WORKER`).
 
     Raises:
-        LuthierError: a process has failed; the text is the one message of the run. KeyboardInterrupt, SystemExit: a
-            signal ended the run outside of its steps, as it ends a single process.
+        LuthierError: a process has failed, or a signal that did not come here has stopped the run before its last
+            step; the text is the one message of the run. KeyboardInterrupt, SystemExit: a signal ended the run outside
+            of its steps, as it ends a single process.
     """
     Processes(0, processes * machines).check(config)
     threads = _threads(processes)
@@ -110,7 +111,7 @@ def run_in_processes(
     folder = Path(tempfile.mkdtemp(prefix="luthier-launch-"))
     keep = False
     try:
-        Job(config, os.getpid()).write(folder)
+        Job(config, os.getpid(), tuple(sys.argv)).write(folder)
         if machines == 1:
             # It holds a port that is free, and torch's agent shares it.
             store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
@@ -128,7 +129,10 @@ def run_in_processes(
                     raise RunError(
                         f"the machine of {endpoint} is gone: {_first_line(error)}. {how_to_go_on(output)}"
                     ) from error
-        _raise_for(agent.ends(), signals, how_to_go_on(output))
+        ends, go_on = agent.ends(), how_to_go_on(output)
+        _raise_for(ends, signals, go_on)
+        if stopped_of(folder).exists() and not signals.first:
+            raise stopped_elsewhere(go_on)
     except RunError as error:
         keep = str(folder) in str(error)
         raise
@@ -269,7 +273,8 @@ class _Agent(SimpleElasticAgent):
         }
         ranks = [worker.global_rank for worker in worker_group.workers]
         if ranks[0]:
-            log.info("ranks %d to %d are here; rank 0 reports where it runs", ranks[0], ranks[-1])
+            here = f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]} are"
+            log.info("%s here; rank 0 reports where it runs", here)
         # The folder of modules that a program was started from is not one for theirs, unless it is one for this.
         safe = [] if {"", os.getcwd()} & set(sys.path) else ["-P"]
         command = [sys.executable, *safe, "-m", self._module, str(self._folder)]

@@ -37,10 +37,11 @@ log = logging.getLogger("luthier")
 
 @dataclass(frozen=True)
 class Job:
-    """What the launcher hands to its processes: the config, checked, and its own process id."""
+    """What the launcher hands to its processes: the config, checked, its own process id, and how it was called."""
 
     config: Config
     launcher: int
+    command: tuple[str, ...] = ()
 
     def write(self, folder: Path) -> None:
         (folder / JOB).write_bytes(pickle.dumps(self))
@@ -54,16 +55,23 @@ def report_of(folder: Path, rank: int) -> Path:
     return folder / f"rank-{rank}.json"
 
 
+def stopped_of(folder: Path) -> Path:
+    """The file that is there if a signal has stopped the run before its last step."""
+    return folder / "stopped"
+
+
 def main(folder: Path) -> int:
     """Run the job of a folder as one of its processes; gives the exit status."""
     job: Job = pickle.loads((folder / JOB).read_bytes())
     rank = int(os.environ["RANK"])
+    sys.argv[:] = job.command or sys.argv  # which the run keeps, as what makes it again
     threading.Thread(target=_end_after, args=(job.launcher,), daemon=True).start()
     with _said(rank, log_of(folder, rank)):
         try:
             from luthier.train.run import train
 
-            train(job.config)
+            if not train(job.config).finished:
+                stopped_of(folder).touch()
             status = 0
         except BaseException as error:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is left to do is to say so

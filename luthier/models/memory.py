@@ -188,7 +188,7 @@ def activation_bytes(model: PreTrainedModel) -> int:
     kept = inside = 0.0
     for layer in layers_of(decoder):
         width, mode = _BESIDE_LINEARS * _linear_widths(layer, model), _mode_of(layer, decoder)
-        kept += _LEFT[mode] * width + (hidden.shape[1] if mode == "layer" else 0)
+        kept += _LEFT[mode] * width + (_whole_shape(hidden)[1] if mode == "layer" else 0)
         inside = max(inside, (1 - _LEFT[mode]) * width)
     return int((kept + inside) * hidden.element_size())
 
@@ -207,15 +207,20 @@ def _mode_of(layer: nn.Module, decoder: nn.Module) -> Mode:
 def _linear_widths(layer: nn.Module, model: PreTrainedModel) -> int:
     """Inputs and outputs of a layer's matrix multiplies; of experts, of as many as a token meets."""
     chosen = getattr(text_config_of(model), "num_experts_per_tok", None) or 1
-    shapes = [getattr(p, "ds_shape", p.shape) for p in layer.parameters()]  # the whole one's, where DeepSpeed has it
+    shapes = [_whole_shape(p) for p in layer.parameters()]
     total = sum(chosen * sum(shape[1:]) for shape in shapes if len(shape) == 3)
     for module in layer.modules():
         weight = getattr(module, "weight", None)
         if hasattr(module, "in_features"):  # a quantised weight's own shape says nothing
             total += cast(int, module.in_features) + cast(int, module.out_features)
-        elif isinstance(weight, torch.Tensor) and weight.dim() == 2:
-            total += sum(weight.shape)
+        elif isinstance(weight, torch.Tensor) and len(shape := _whole_shape(weight)) == 2:
+            total += sum(shape)
     return total
+
+
+def _whole_shape(parameter: torch.Tensor) -> torch.Size:
+    """Also of one that DeepSpeed has in pieces."""
+    return cast(torch.Size, getattr(parameter, "ds_shape", parameter.shape))
 
 
 def free_memory(device: torch.device) -> int:

@@ -2,8 +2,8 @@
 
 Every rank has passes of its own, so that its activations are those of a single GPU with the same config; what differs
 is how the model's state lies on the ranks (`plan.weights`, `plan.memory`) and what they send each other
-(`plan.traffic`). The fastest strategy that fits is recommended; of those that come within a hundredth of it the
-simplest, and one that waits for the host only where nothing else fits.
+(`plan.traffic`). The fastest strategy that fits is recommended; of those that come within a hundredth of it, or a
+millisecond of a step, the simplest, and one that waits for the host only where nothing else fits.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from luthier.plan.work import Work, flops_per_token, forward_flops
 
 # A strategy is recommended before simpler ones if it is faster by more than this share.
 _WORTH = 0.01
+# And by more than this in a step: what each collective takes to begin is not counted, and is of that order in all.
+_WORTH_SECONDS = 1e-3
 _KEYS = ("ddp", "fsdp_version", "fsdp_config", "dp_shard_size", "dp_replicate_size", "deepspeed")
 
 
@@ -207,14 +209,23 @@ def recommend(rows: tuple[Row, ...], card: Card | None) -> tuple[Row | None, str
         )
     # What the host needs for its steps is not counted, so that it is asked to take them only where it must.
     on_device = [row for row in fitting if not row.strategy.sharding.offload] or fitting
-    least_time = min(map(_time, on_device))
-    best = next(row for row in on_device if _time(row) <= least_time * (1 + _WORTH))
+    fastest = min(on_device, key=_time)
+    best = next(
+        row
+        for row in on_device
+        if _time(row) <= _time(fastest) * (1 + _WORTH) or _step(row) - _step(fastest) <= _WORTH_SECONDS
+    )
     return best, _reason(best, possible, card)
 
 
 def _time(row: Row) -> float:
     """Seconds for a given amount of work, up to a factor; of communication alone where the speed is not known."""
     return row.exposed if row.tokens_per_second is None else 1 / row.tokens_per_second
+
+
+def _step(row: Row) -> float:
+    """Seconds of a step; of its communication alone where the speed is not known."""
+    return row.exposed + (row.compute or 0.0)
 
 
 def _reason(best: Row, possible: list[Row], card: Card) -> str:
@@ -226,7 +237,7 @@ def _reason(best: Row, possible: list[Row], card: Card) -> str:
         costs = f"{share:.1%} of the time goes to communication"
     simpler = possible[: possible.index(best)]
     if not simpler:
-        return f"{fits}, {costs}, and nothing else is faster by more than {_WORTH:.0%}"
+        return f"{fits}, {costs}, and nothing else is faster by more than {_WORTH:.0%}, or by a millisecond of a step"
     unfit = [row.strategy.name for row in simpler if not row.fits]
     slower = [row.strategy.name for row in simpler if row.fits]
     left = [f"{', '.join(unfit)}: too large"] if unfit else []

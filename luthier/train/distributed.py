@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import torch
 
 from luthier.config import Config
+from luthier.config.processes import check_processes
 from luthier.errors import ConfigError, ProcessLost, RunError
 
 log = logging.getLogger("luthier")
@@ -81,28 +82,7 @@ class Processes:
 
     def check(self, config: Config) -> None:
         """Raises ConfigError for what several processes cannot do."""
-        if self.size == 1:
-            return
-        if config.training.optimizer_in_backward:
-            raise ConfigError(
-                f"optimizer_in_backward takes steps before the gradients of all {self.size} processes are added up: "
-                "leave it out, or run a single process (--num-processes 1)"
-            )
-        section = config.distributed
-        replicas, shares = section.dp_replicate_size, section.dp_shard_size
-        if (replicas or shares) and (replicas or self.size // (shares or 1)) * (
-            shares or self.size // (replicas or 1)
-        ) != self.size:
-            raise ConfigError(
-                f"dp_replicate_size {replicas or 'unset'} x dp_shard_size {shares or 'unset'} has to be the number of "
-                f"processes, which is {self.size}"
-            )
-        device = config.model.device_map
-        if device not in (None, "auto", "cpu", "cuda") and device != {"": "cpu"}:
-            raise ConfigError(
-                f"device_map: {device} would be the device of all {self.size} processes: leave it out, and each "
-                "process takes its own"
-            )
+        check_processes(config, self.size)
 
     def take_device(self, device: torch.device) -> torch.device:
         """The device of this process among those of its kind.

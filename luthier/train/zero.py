@@ -140,6 +140,11 @@ def _gather_by_layers(policy: Policy) -> None:
     """Let stage 3 gather each of the decoder's layers as a whole."""
     decoder = decoder_of(policy.model)
     layers = layers_of(decoder)
+    if not policy.flat or not policy.own_head:
+        raise ModelError(
+            "deepspeed: stage 3 sends a layer's gradients away once in a pass, and on this model the documents of a "
+            "pass run one by one: write `deepspeed: zero2`, or `fsdp_version: 2` in place of deepspeed"
+        )
     if layers == [decoder]:
         raise ModelError(
             f"deepspeed: stage 3 gathers layer by layer, and those of {type(decoder).__name__} are not in one list: "
@@ -173,7 +178,7 @@ def _start(
     warnings.filterwarnings("ignore", message=old_names, category=FutureWarning)
     import deepspeed
     from deepspeed.comm import comm
-    from deepspeed.runtime.zero import Init
+    from deepspeed.runtime.zero import Init, register_external_parameter
     from deepspeed.utils import groups, logger
 
     logger.handlers = [_Quietly()]
@@ -195,6 +200,10 @@ def _start(
         engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=settings)
     except (ValueError, AssertionError) as error:
         raise ConfigError(f"deepspeed: DeepSpeed does not take its settings: {error}") from error
+    if stage == 3:  # DeepSpeed finds out by itself only if the head is in pieces when the policy first reads it
+        head = policy.model.get_output_embeddings()
+        for parameter in [] if head is None else head.parameters():
+            register_external_parameter(policy, parameter)
     engine.luthier_version = deepspeed.__version__
     return engine
 

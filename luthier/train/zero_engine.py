@@ -1,7 +1,7 @@
 """A run whose policy DeepSpeed has: a step of its, and whole tensors out of its pieces and back for checkpoints.
 
-What a step is made of, and why, is in `zero`. DeepSpeed keeps fp32 pieces of all trained parameters one behind another, and
-the optimizer steps on those; it has functions that find a parameter's part in them.
+What a step is made of, and why, is in `zero`. DeepSpeed keeps fp32 pieces of all trained parameters one behind
+another, and the optimizer steps on those; it has functions that find a parameter's part in them.
 """
 
 from __future__ import annotations

@@ -22,17 +22,18 @@ from luthier.launch import worker
 
 log = logging.getLogger("luthier")
 LIMIT_SECONDS = 30
+STOPPED = "stopped"
 
 
-def train(config: Config) -> None:
+def train(config: Config) -> types.SimpleNamespace:
     rank, folder = os.environ["RANK"], Path(config.output.output_dir)
     doing = dict(each.strip().split(": ") for each in config.model.base_model.split(",") if ": " in each)
     what = doing.get(rank)
     if what is not None and what not in PATIENT:  # others are in the middle of something when it happens
         _until(*(folder / f"ready-{other}" for other in doing if doing[other] in PATIENT))
         (folder / "cause").touch()
-    if what is not None:
-        ACTIONS[what](folder)
+    finished = what is None or ACTIONS[what](folder) is not STOPPED
+    return types.SimpleNamespace(finished=finished)
 
 
 def _until(*files: Path) -> None:
@@ -42,7 +43,10 @@ def _until(*files: Path) -> None:
 
 
 def _ready(folder: Path) -> None:
-    (folder / f"ready-{os.environ['RANK']}").write_text(str(os.getpid()))
+    ready = folder / f"ready-{os.environ['RANK']}"
+    being_made = ready.with_name(f".{ready.name}")
+    being_made.write_text(str(os.getpid()))
+    being_made.replace(ready)  # whoever sees it can read it
 
 
 def _raise(error: BaseException) -> Any:
@@ -61,7 +65,7 @@ def _kill(number: int) -> Any:
     return act
 
 
-def _wait(folder: Path) -> None:
+def _wait(folder: Path) -> str:
     """As in the middle of training: a signal is noted, and what is in hand is done first."""
     noted: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -72,6 +76,7 @@ def _wait(folder: Path) -> None:
         time.sleep(0.02)
     time.sleep(0.5)
     (folder / f"saved-{os.environ['RANK']}").write_text(" ".join(map(str, noted)))
+    return STOPPED
 
 
 def _lose(error: BaseException) -> Any:

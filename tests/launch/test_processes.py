@@ -20,7 +20,7 @@ import pytest
 from luthier.config import Config
 from luthier.errors import LuthierError
 from luthier.launch import processes as launching
-from luthier.launch.ended import Ended, Report, failure, is_consequence, last_said
+from luthier.launch.ended import STOPPED_ELSEWHERE, Ended, Report, failure, is_consequence, last_said
 from luthier.launch.processes import run_in_processes
 
 ROOT = Path(__file__).parents[2]
@@ -144,6 +144,22 @@ def test_a_signal_is_handed_on_once_and_waited_for(
         start("0: wait, 1: wait")
     assert {(tmp_path / f"saved-{rank}").read_text() for rank in (0, 1)} == {str(int(number))}
     assert signal.getsignal(number) is before
+
+
+def test_a_signal_to_another_process_is_not_the_end_of_the_run(start: Callable[..., None], tmp_path: Path) -> None:
+    """As where another machine has to go: all processes end well, and this command was told nothing."""
+
+    def send() -> None:
+        if _both_ready(tmp_path):
+            for rank in (0, 1):
+                os.kill(int((tmp_path / f"ready-{rank}").read_text()), signal.SIGTERM)
+
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    with pytest.raises(LuthierError, match="before its last step. There is no checkpoint yet") as caught:
+        start("0: wait, 1: wait")
+    assert caught.value.exit_status == STOPPED_ELSEWHERE == 75
+    thread.join(10)
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,8 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_exactly(run_config: MakeC
     with started(*TRAIN, file, *ON_TWO, "--max_steps", str(steps)) as process:
         _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
+    command = json.loads((folder / "environment.json").read_text())["command"]
+    assert command[1:] == ["train", file, *ON_TWO, "--max_steps", str(steps)], "the user's, not that of a process"
     after = losses(folder)
     assert len(after) == steps
     assert after[: len(before)] == before, "those after the checkpoint were computed anew, to the last bit"

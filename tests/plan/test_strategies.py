@@ -315,6 +315,17 @@ def test_what_is_recommended_depends_on_what_fits(plan: Plan) -> None:
     assert none["recommended"] is None and "none fits" in none["why"]
 
 
+def test_what_is_gained_in_less_than_a_millisecond_of_a_step_is_no_reason(plan: Plan) -> None:
+    """What collectives take to begin is not counted: for a tiny model that is all of it."""
+    arguments = ("--gpu", "h200", "--num-gpus", "8", "--rows", "30", "--interconnect")
+    quick, slow = (planned(plan, *arguments, link) for link in ("nvlink", "1MB/s"))
+    for found in (quick, slow):
+        rate = {name: row["tokens_per_second"] for name, row in by_name(found).items()}
+        assert rate["zero1"] > 1.02 * rate["replicas"]
+    assert quick["scaling"]["recommended"] == "replicas"
+    assert slow["scaling"]["recommended"] != "replicas"
+
+
 def test_keys_of_every_strategy_choose_it(plan: Plan, toy_llama_dir: Path) -> None:
     arguments = ("--memory", "9GiB", "--num-gpus", "8", "--gpus-per-node", "4", "--interconnect", "9GB/s,1GB/s")
     rows = by_name(planned(plan, *arguments))

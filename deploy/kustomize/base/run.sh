@@ -11,6 +11,8 @@
 #   NODES          pods of the job; with several of them
 #   RDZV_ENDPOINT  host and port at which they meet, and JOB_COMPLETION_INDEX, which Kubernetes sets
 #   JOB_UID        which job this is, so that a pod that comes back after the training does not train again
+#
+# Exit status 75: the run was stopped and saved because another pod had to go; the job starts this one again too.
 set -euo pipefail
 
 folder=/luthier/runs/${RUN:?is the name of the run}
@@ -63,14 +65,28 @@ train() {
     stage luthier train "${arguments[@]}"
 }
 
+is_trained() {
+    [[ -e $trained && $(cat "$trained") == "${JOB_UID:-none}" ]]
+}
+
 mkdir -p "${folder%/*}"
-if [[ -e $trained && $(cat "$trained") == "${JOB_UID:-none}" ]]; then
+if is_trained; then
     echo "this job has trained already: $folder" >&2
 else
     train "$@"
     if ((node == 0)); then echo "${JOB_UID:-}" >"$trained"; fi
 fi
 if ((node > 0)); then
+    # If node 0 has to go while it writes the result, the new one needs this node to finish the run.
+    for ((waits = 0; waits < 120; waits++)); do
+        if is_trained; then break; fi
+        if [[ -n $stopped ]]; then exit 143; fi
+        sleep 5
+    done
+    if ! is_trained; then
+        echo "node 0 has not come to the end of the run; node $node joins it again" >&2
+        exit 75
+    fi
     echo "node $node is done; node 0 does the rest" >&2
     exit 0
 fi

@@ -11,6 +11,7 @@ import typer
 
 from luthier.config import Config
 from luthier.config.arguments import ConfigArgument, OverridesArgument
+from luthier.config.processes import check_processes
 from luthier.errors import ConfigError
 from luthier.launch.kubernetes import manifests
 from luthier.launch.kubernetes.apply import Kubectl, how_to_go_on
@@ -133,6 +134,7 @@ def command(
         ttl=seconds_of("--ttl", ttl),
         user=user,
     )
+    check_processes(loaded, max(gpus, 1) * nodes)
     merges = loaded.adapter.adapter is not None if merge is None else merge
     _check_steps(loaded, settings, merges, push)
     parcel = pack(config, overrides or [], loaded, settings)
@@ -161,14 +163,21 @@ def _check_steps(config: Config, settings: Settings, merges: bool, push: str | N
         refuse_secret("--push", push)
         if not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", push, re.ASCII):
             raise ConfigError(f"--push {push}: the repository's name is owner/name")
-        if not settings.secrets:
+        if not _may_hold(settings, "HF_TOKEN"):
             raise ConfigError(
                 "--push needs a token with write access in HF_TOKEN: add --secret NAME, or --secret NAME:HF_TOKEN"
             )
+    if config.distributed.deepspeed:
+        log.info("deepspeed: the image has to have DeepSpeed in it; docs/kubernetes.md says how it gets there")
     reports = config.logging.report_to
     online = "wandb" in ([reports] if isinstance(reports, str) else reports) or config.logging.wandb_project
-    if online and config.logging.wandb_mode in (None, "online") and not settings.secrets:
+    if online and config.logging.wandb_mode in (None, "online") and not _may_hold(settings, "WANDB_API_KEY"):
         log.warning("wandb wants WANDB_API_KEY: --secret NAME, or wandb_mode: offline")
+
+
+def _may_hold(settings: Settings, key: str) -> bool:
+    """Whether one of the secrets is this key, or a whole one, whose keys are not known here."""
+    return any(":" not in text or text.endswith(f":{key}") for text in settings.secrets)
 
 
 def _manifests(

@@ -3,8 +3,9 @@ volume, the Job, and for several nodes a headless Service by which they find eac
 
 The Job starts its pod again after a failure, and the script goes on from the last checkpoint. What a new start cannot
 mend (a config that is refused, an image without Luthier) ends it at once; a pod that had to make room (a drained node,
-a preemption) does not count as a failure. No pod starts before the one that it replaces has ended, so that no two write
-into one run folder. Everything is plain data; fields and meanings: the API reference of Kubernetes, from 1.29 on.
+a preemption) does not count as a failure, and neither do those that trained with it and have stopped too. No pod starts
+before the one that it replaces has ended, so that no two write into one run folder. Everything is plain data; fields
+and meanings: the API reference of Kubernetes, from 1.29 on.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from luthier.launch.ended import STOPPED_ELSEWHERE
 from luthier.launch.kubernetes.files import Parcel
 from luthier.launch.kubernetes.settings import CONFIGS, SCRIPT, VOLUME, Settings, toleration
 
@@ -24,7 +26,7 @@ Manifest = dict[str, Any]
 CONTAINER = "luthier"
 RDZV_PORT = 29500
 # What no new start can mend: a config or a command line that is refused (2), an image without bash or luthier.
-_HOPELESS = [2, 126, 127]
+_HOPELESS = (2, 126, 127)
 JOB_LABEL = "app.kubernetes.io/instance"
 
 
@@ -89,10 +91,8 @@ def job(settings: Settings, arguments: Sequence[str] = ()) -> Manifest:
         "podFailurePolicy": {
             "rules": [
                 {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-                {
-                    "action": "FailJob",
-                    "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": _HOPELESS},
-                },
+                {"action": "Ignore", "onExitCodes": _exits(STOPPED_ELSEWHERE)},
+                {"action": "FailJob", "onExitCodes": _exits(*_HOPELESS)},
             ]
         },
         "ttlSecondsAfterFinished": settings.ttl,
@@ -110,6 +110,10 @@ def job(settings: Settings, arguments: Sequence[str] = ()) -> Manifest:
     if settings.nodes > 1:
         spec |= {"completionMode": "Indexed", "completions": settings.nodes, "parallelism": settings.nodes}
     return _object("batch/v1", "Job", settings, spec=spec)
+
+
+def _exits(*values: int) -> Manifest:
+    return {"containerName": CONTAINER, "operator": "In", "values": list(values)}
 
 
 def _pod(settings: Settings, arguments: Sequence[str]) -> Manifest:

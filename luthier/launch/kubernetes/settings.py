@@ -38,6 +38,12 @@ _FACTORS = {"m": 1e-3, "k": 1e3} | {
 _DURATION = re.compile(r"(\d+)([smhd]?)")
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 _SECRET_VARIABLE = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$", re.IGNORECASE)
+# What run.sh is told by the job itself; a variable of the pod would hold against it.
+_TOLD = {
+    "CONFIG", "RUN", "NUM_PROCESSES", "BASE_MODEL", "MERGE", "PUSH", "NODES", "RDZV_ENDPOINT", "JOB_UID",
+    "JOB_COMPLETION_INDEX", "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT",
+}  # fmt: skip
+_OWN_LABELS = ("app.kubernetes.io/name", "app.kubernetes.io/instance")
 _EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
 
 
@@ -92,13 +98,12 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Raises ConfigError for what Kubernetes would not take."""
-        for option, text in (("--image", self.image), *(("--secret", each) for each in self.secrets)):
-            refuse_secret(option, text)
+        self._refuse_secrets()
         if not _LABEL.fullmatch(self.name) or len(self.name) > LONGEST_NAME:
             raise ConfigError(
                 f"--name {self.name}: up to {LONGEST_NAME} small letters, digits and '-', beginning with a letter"
             )
-        if not re.fullmatch(r"[^\s:@]\S*", self.image) or self.image.startswith("-"):
+        if not re.fullmatch(r"[^\s:@]\S*", self.image) or self.image.startswith("-") or "://" in self.image:
             raise ConfigError(f"--image {self.image!r}: the name of an image, such as registry.example/luthier:0.1")
         for option, number, least in (
             ("--gpus", self.gpus, 0),
@@ -116,12 +121,40 @@ class Settings:
                 raise ConfigError(f"--mount {mount.claim}:{mount.path}: that is the pod's own; choose another path")
         if len({mount.path for mount in self.mounts}) < len(self.mounts):
             raise ConfigError("--mount: two volumes at one path")
-        for variable, value in self.variables.items():
-            refuse_secret(f"--env {variable}", value)
-            if _SECRET_VARIABLE.search(variable):
-                raise ConfigError(f"--env {variable}: its name is that of a secret. {_NAME_IT}")
+        self._check_variables()
         for text in self.tolerations:
             toleration(text)
+
+    def _refuse_secrets(self) -> None:
+        """Before a message could repeat one."""
+        texts = [("--name", self.name), ("--image", self.image), ("--claim", self.claim)]
+        texts += [("--storage-class", self.storage_class), ("--gpu-resource", self.gpu_resource)]
+        texts += [("--namespace", self.namespace), ("--priority-class", self.priority_class)]
+        texts += [("--service-account", self.service_account)]
+        texts += [("--secret", each) for each in self.secrets]
+        texts += [("--pull-secret", each) for each in self.pull_secrets]
+        texts += [("--toleration", each) for each in self.tolerations]
+        texts += [("--mount", f"{mount.claim} {mount.path}") for mount in self.mounts]
+        for name, value in self.variables.items():
+            texts += [("--env", name), (f"--env {name}", value)]
+        for option, pairs in (("--label", self.labels), ("--node-selector", self.node_selector)):
+            texts += [(option, f"{key} {value}") for key, value in pairs.items()]
+        for option, text in texts:
+            if text is not None:
+                refuse_secret(option, text)
+
+    def _check_variables(self) -> None:
+        single = [text.partition(":")[2] for text in self.secrets if ":" in text]
+        given = [*(("--env", name) for name in self.variables), *(("--secret", name) for name in single)]
+        for option, name in given:
+            if option == "--env" and _SECRET_VARIABLE.search(name):
+                raise ConfigError(f"--env {name}: its name is that of a secret. {_NAME_IT}")
+            if name in _TOLD:
+                raise ConfigError(f"{option} {name}: the job itself sets this variable; leave it out")
+            if [other for _, other in given].count(name) > 1:
+                raise ConfigError(f"{option} {name}: this variable is given twice")
+        if len(set(self.secrets)) < len(self.secrets):
+            raise ConfigError("--secret: one Secret is given twice")
 
     def _check_names(self) -> None:
         names = [("--storage-class", self.storage_class), ("--claim", self.claim)]
@@ -129,8 +162,10 @@ class Settings:
         names += [("--pull-secret", name) for name in self.pull_secrets]
         names += [("--mount", mount.claim) for mount in self.mounts]
         for option, name in names:
-            if name is not None and not _SUBDOMAIN.fullmatch(name):
-                raise ConfigError(f"{option} {name}: small letters, digits, '-' and '.', as Kubernetes names things")
+            if name is not None and (len(name) > 253 or not _SUBDOMAIN.fullmatch(name)):
+                raise ConfigError(
+                    f"{option} {name}: up to 253 small letters, digits, '-' and '.', as Kubernetes names things"
+                )
         if self.namespace is not None and not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", self.namespace):
             raise ConfigError(f"--namespace {self.namespace}: up to 63 small letters, digits and '-'")
         if not _QUALIFIED.fullmatch(self.gpu_resource) or "/" not in self.gpu_resource:
@@ -142,6 +177,8 @@ class Settings:
                 raise ConfigError(f"--secret: what was given is no name of a Secret (NAME or NAME:KEY). {_NAME_IT}")
         for option, pairs in (("--label", self.labels), ("--node-selector", self.node_selector)):
             for key, value in pairs.items():
+                if option == "--label" and key in _OWN_LABELS:
+                    raise ConfigError(f"--label {key}: the job itself has this label, by which it is found")
                 if not _QUALIFIED.fullmatch(key) or not _LABEL_VALUE.fullmatch(value):
                     raise ConfigError(f"{option} {key}={value}: not a label that Kubernetes takes")
 
@@ -151,6 +188,8 @@ class Settings:
             ("--cpu", self.cpu), ("--memory", self.memory), ("--shm", self.shm), ("--storage", self.storage),
         ):  # fmt: skip
             sizes[option] = bytes_of(option, text)
+            if option == "--cpu" and sizes[option] < 1e-3:
+                raise ConfigError(f"--cpu {text}: at least 1m, a thousandth of a core")
             if option != "--cpu" and sizes[option] < 2**20:
                 raise ConfigError(f"{option} {text}: that is {sizes[option]:g} bytes; write a unit, such as {text}Gi")
         if sizes["--shm"] >= sizes["--memory"]:
@@ -209,7 +248,9 @@ def mount_of(text: str) -> Mount:
     claim, _, rest = text.partition(":")
     path, colon, mode = rest.partition(":")
     path = path.rstrip("/")
-    if not claim or not re.fullmatch(r"(/[\w.-]+)+", path) or (colon and mode != "ro"):
+    leaves = {".", ".."} & set(path.split("/"))
+    if not claim or not re.fullmatch(r"(/[\w.-]+)+", path) or leaves or (colon and mode != "ro"):
+        refuse_secret("--mount", text)
         raise ConfigError(f"--mount {text}: write CLAIM:/path or CLAIM:/path:ro, by a PersistentVolumeClaim's name")
     return Mount(claim, path, mode == "ro")
 

@@ -174,10 +174,14 @@ def test_a_pod_that_is_to_go_has_time_and_what_cannot_be_mended_is_not_tried_aga
     assert spec["template"]["spec"]["terminationGracePeriodSeconds"] >= 300
     assert spec["template"]["spec"]["restartPolicy"] == "Never"  # podFailurePolicy asks for it
     assert spec["backoffLimit"] > 0 and spec["podReplacementPolicy"] == "Failed"
-    ignored, hopeless = spec["podFailurePolicy"]["rules"]
+    ignored, stopped, hopeless = spec["podFailurePolicy"]["rules"]
     assert ignored["action"] == "Ignore" and ignored["onPodConditions"][0]["type"] == "DisruptionTarget"
     from luthier.errors import ConfigError, RunError
+    from luthier.launch.ended import stopped_elsewhere
 
+    assert stopped["action"] == "Ignore" and stopped["onExitCodes"]["operator"] == "In"
+    assert stopped["onExitCodes"]["values"] == [stopped_elsewhere("").exit_status]
+    assert hopeless["action"] == "FailJob"
     assert ConfigError.exit_status in hopeless["onExitCodes"]["values"]
     assert RunError.exit_status not in hopeless["onExitCodes"]["values"]
     assert hopeless["onExitCodes"]["containerName"] == spec["template"]["spec"]["containers"][0]["name"]

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import luthier
+from luthier.launch.ended import STOPPED_ELSEWHERE
 from luthier.launch.kubernetes import manifests
 
 pytestmark = pytest.mark.slow  # whole runs in several processes
@@ -81,17 +82,30 @@ def test_a_pod_that_has_to_go_is_followed_by_one_that_goes_on(tmp_path: Path) ->
     assert (run / "merged" / "model.safetensors").is_file()
 
 
-def test_two_nodes_train_together_and_one_of_them_merges(tmp_path: Path) -> None:
+def two_nodes(folder: Path) -> list[subprocess.Popen[str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
-    nodes = [
-        pod(tmp_path, NODES="2", RDZV_ENDPOINT=endpoint, JOB_COMPLETION_INDEX=str(index)) for index in (0, 1)
-    ]
+    return [pod(folder, NODES="2", RDZV_ENDPOINT=endpoint, JOB_COMPLETION_INDEX=str(index)) for index in (0, 1)]
+
+
+def test_two_nodes_train_together_and_one_of_them_merges(tmp_path: Path) -> None:
+    # The second one has to go first: the run is neither over for the other one nor merged.
+    nodes = two_nodes(tmp_path)
+    deadline = time.monotonic() + 200
+    while len(rows(tmp_path)) < 3 and nodes[0].poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    nodes[1].send_signal(signal.SIGTERM)
+    assert [node.wait(120) for node in nodes] == [STOPPED_ELSEWHERE, 128 + signal.SIGTERM]
+    first = (tmp_path / "log-0").read_text()
+    assert "a signal to another process has stopped the run" in first and "merge-lora" not in first
+
+    nodes = two_nodes(tmp_path)
     assert [node.wait(300) for node in nodes] == [0, 0], [
         (tmp_path / f"log-{index}").read_text() for index in (0, 1)
     ]
     logs = [(tmp_path / f"log-{index}").read_text() for index in (0, 1)]
-    assert "x 2 processes" in logs[0] and "merge-lora" in logs[0]
+    assert "x 2 processes" in logs[0] and "going on from" in logs[0] and "merge-lora" in logs[0]
+    assert [row["step"] for row in rows(tmp_path) if "loss" in row] == list(range(1, 51))
     assert "node 0 does the rest" in logs[1] and "merge-lora" not in logs[1]
     assert (tmp_path / "luthier" / "runs" / "first" / "merged" / "model.safetensors").is_file()

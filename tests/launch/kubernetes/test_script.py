@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from luthier.launch.ended import STOPPED_ELSEWHERE
 from luthier.launch.kubernetes import manifests
 
 LUTHIER = """\
@@ -18,15 +19,16 @@ LUTHIER = """\
 echo "$*" >> "$LOG"
 if [[ $1 == "${WAITS:-}" ]]; then
     trap 'echo saved >> "$LOG"; exit 0' TERM
-    for ((i = 0; i < 600; i++)); do sleep 0.05; done
+    for ((i = 0; i < 600; i++)); do /bin/sleep 0.05; done
 fi
-if [[ $1 == "${FAILS:-}" ]]; then exit 7; fi
+if [[ $1 == "${FAILS:-}" ]]; then exit "${STATUS:-7}"; fi
 """
 GETENT = """\
 #!/bin/bash
 echo "getent $*" >> "$LOG"
 [[ $(grep -c getent "$LOG") -ge 2 ]]
 """
+SLEEP = "#!/bin/bash\nexec /bin/sleep ${NAP:-0.05}\n"
 Start = Callable[..., "subprocess.Popen[str]"]
 
 
@@ -35,7 +37,7 @@ def start(tmp_path: Path) -> Start:
     """start(*arguments, **variables): the script, with its folders below the test's."""
     programs = tmp_path / "programs"
     programs.mkdir()
-    for name, text in {"luthier": LUTHIER, "getent": GETENT, "sleep": "#!/bin/bash\nexec /bin/sleep 0.05\n"}.items():
+    for name, text in {"luthier": LUTHIER, "getent": GETENT, "sleep": SLEEP}.items():
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     script = manifests.script()
@@ -72,6 +74,14 @@ def said(tmp_path: Path) -> Callable[[], list[str]]:
 
 
 Said = Callable[[], list[str]]
+
+
+def _until_said(said: Said, lines: int) -> None:
+    deadline = time.monotonic() + 20
+    while len(said()) < lines and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
 TRAIN = "train /config/cfg.yml --num-processes 3 --output_dir /luthier/runs/first --resume_from_checkpoint auto"
 MERGE = "merge-lora /luthier/runs/first --overwrite"
 
@@ -109,9 +119,7 @@ def test_a_pod_that_comes_back_after_the_training_does_not_train_again(start: St
 
 def test_sigterm_reaches_the_training_and_the_pod_counts_as_ended(start: Start, said: Said) -> None:
     process = start(MERGE="true", WAITS="train")
-    deadline = time.monotonic() + 20
-    while not said() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    _until_said(said, 1)
     time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     # The training itself ends well, and still nothing may follow it.
@@ -124,18 +132,34 @@ def test_sigterm_reaches_the_training_and_the_pod_counts_as_ended(start: Start, 
 
 def test_several_nodes_wait_for_the_first_which_alone_merges(start: Start, said: Said) -> None:
     nodes = {"NODES": "2", "RDZV_ENDPOINT": "first-0.first:29500", "MERGE": "true", "PUSH": "ada/first"}
-    assert start(**nodes, JOB_COMPLETION_INDEX="1").wait(30) == 0
+    second = start(**nodes, JOB_COMPLETION_INDEX="1")
+    _until_said(said, 3)
     meets = "--nnodes 2 --node-rank {} --rdzv-endpoint first-0.first:29500"
-    first, second, train = said()
-    assert first == second == "getent hosts first-0.first"
+    *looked_for, train = said()
+    assert looked_for == ["getent hosts first-0.first"] * 2
     assert train == TRAIN.replace("--output", f"{meets.format(1)} --output")
-    assert start(**nodes, JOB_COMPLETION_INDEX="0").wait(30) == 0
+    assert start(**nodes, JOB_COMPLETION_INDEX="0").wait(30) == second.wait(30) == 0
     assert said()[4:] == [
         TRAIN.replace("--output", f"{meets.format(0)} --output"), MERGE, "push /luthier/runs/first ada/first --merged",
     ]  # fmt: skip
     # Its pod is started again after the training is over: nobody would meet it.
     assert start(**nodes, JOB_COMPLETION_INDEX="1").wait(30) == 0
     assert len(said()) == 7
+
+
+def test_a_run_that_another_node_has_stopped_is_not_over(start: Start, said: Said, tmp_path: Path) -> None:
+    """Neither for node 0, which would merge what is not trained yet, nor for the others, whom the next one needs."""
+    nodes = {"NODES": "2", "RDZV_ENDPOINT": "first-0.first:29500", "MERGE": "true"}
+    status = str(STOPPED_ELSEWHERE)
+    for node in ("0", "1"):
+        ended = start(**nodes, JOB_COMPLETION_INDEX=node, FAILS="train", STATUS=status).wait(30)
+        assert ended == STOPPED_ELSEWHERE
+    assert not [line for line in said() if line.startswith("merge")]
+    # All is trained on node 1, and then node 0 is gone before it has written the result.
+    process = start(**nodes, JOB_COMPLETION_INDEX="1", NAP="0.001")
+    assert process.wait(30) == STOPPED_ELSEWHERE
+    assert "joins it again" in process.stderr.read()  # type: ignore[union-attr]
+    assert not list(tmp_path.glob("luthier/runs/.first.trained"))
 
 
 @pytest.mark.parametrize("missing", ["RUN", "CONFIG"])

@@ -13,7 +13,7 @@ tensors, the local shares, which is right for those that treat every number by i
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -31,7 +31,6 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from luthier.config import Config
-from luthier.errors import ConfigError
 from luthier.models.frozen import FrozenLinear
 from luthier.models.layers import layers_of
 from luthier.models.load import decoder_of
@@ -54,7 +53,6 @@ def shard(policy: Policy, config: Config, device: torch.device, dtype: torch.dty
     """
     settings, mesh = config.distributed.fsdp, _mesh(config, device, processes)
     layers = layers_of(decoder_of(policy.model))
-    _check_layers(settings.layer_classes, layers)
     whole: set[nn.Parameter] = set()
     for module in policy.modules():
         if isinstance(module, FrozenLinear):
@@ -95,15 +93,6 @@ def shard(policy: Policy, config: Config, device: torch.device, dtype: torch.dty
         copies,
         "; the adapter is whole in all" if whole else "",
     )
-
-
-def _check_layers(written: Sequence[str], layers: Sequence[nn.Module]) -> None:
-    found = sorted({type(layer).__name__ for layer in layers})
-    if written and set(written) != set(found):
-        raise ConfigError(
-            f"fsdp_config.transformer_layer_cls_to_wrap: {', '.join(written)}, but this model's layers are "
-            f"{', '.join(found)}: write that, or leave the key out"
-        )
 
 
 def _mesh(config: Config, device: torch.device, processes: Processes) -> DeviceMesh:
@@ -268,13 +257,13 @@ class Sharded(Engine):
             return None
         found: dict[str, torch.Tensor] = {}
         seen: dict[int, torch.Tensor] = {}  # tied weights are one tensor in the file too
-        for name, tensor in cast(Policy, self.policy).model.state_dict().items():
+        for name, tensor in cast(Policy, self.policy).model.state_dict(keep_vars=True).items():
             if not isinstance(tensor, DTensor):
-                found[name] = tensor
+                found[name] = tensor.detach()
                 continue
-            place = tensor.to_local().data_ptr()
-            if place not in seen or not place:
-                full = whole(tensor, tensor.to_local())
+            place = id(tensor)
+            if place not in seen:
+                full = whole(tensor, local(tensor))
                 if full.is_floating_point():
                     full = full.to(self.dtype)
                 seen[place] = full.to("cpu") if self.processes.main else full.new_empty(0)

@@ -103,6 +103,7 @@ def train(config: Config, given: Given | None = None) -> RunResult:
         processes.connected(),
         shared_folder(config, processes) as opened,
         trackers_of(config, opened.path, processes) as trackers,
+        processes.lost_ones_named(),
     ):
         return _train(config, opened, trackers, processes, began, given)
 
@@ -122,8 +123,8 @@ def _train(
     if config.model.load_in_fp8:
         check_fp8(device, dtype)
     check_optimizer(config.training, device, dtype)
-    check_spread(config, device, dtype, processes, given=given is not None)
     model_config = read_model_config(config.model) if given is None else given.model.config
+    check_spread(config, model_config, device, dtype, processes, given=given is not None)
     check_trains(config, model_config)
     quantization(config.model, model_config, device, dtype)  # for its errors: before data is prepared
     set_matmul_precision(config, device)
@@ -133,6 +134,10 @@ def _train(
     data = processes.in_turn(partial(prepare, config, tokenizer))
     if processes.main:
         data.report.log()
+    if len(data.train) < processes.size:
+        raise DataError(
+            f"the training data has {len(data.train)} documents, and there are {processes.size} processes: start fewer"
+        )
     processes.join(device, config.distributed.ddp_timeout)
     config = with_positions(config, model_config, [data.train, data.validation])
     watch = PeakWatch(config, device, dtype, len(tokenizer), processes.size)
@@ -340,10 +345,6 @@ def _loader(
 ) -> StepLoader:
     training, data = config.training, config.data
     rows_per_step = training.micro_batch_size * training.gradient_accumulation_steps * processes.size
-    if len(dataset) < processes.size:
-        raise DataError(
-            f"the training data has {len(dataset)} documents, and there are {processes.size} processes: start fewer"
-        )
     loader = StepLoader(
         dataset,
         rows_per_step=rows_per_step,

@@ -6,9 +6,11 @@ Each of the three ways has a module: `engine` (replicas), `fsdp`, and `zero`, wh
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from luthier.config import Config
 from luthier.errors import ConfigError
@@ -31,7 +33,7 @@ _ROOM = 0.6
 
 
 def check_spread(
-    config: Config, device: torch.device, dtype: torch.dtype, processes: Processes, *, given: bool
+    config: Config, model_config: Any, device: torch.device, dtype: torch.dtype, processes: Processes, *, given: bool
 ) -> None:
     """Say what cannot be shared out as the config asks, before anything is loaded.
 
@@ -39,17 +41,39 @@ def check_spread(
         dtype: what the run computes in. given: it trains a model that a program made.
 
     Raises:
-        ConfigError: DeepSpeed cannot do it (`zero.check`), or fp32 shares would need a loss scale of their own.
+        ConfigError: DeepSpeed cannot do it (`zero.check`), fp32 shares would need a loss scale of their own, or the
+            layers are called otherwise than the config says.
     """
     zero.check(config, device, dtype, given=given)
     if config.distributed.strategy != "fsdp":
         return
     if processes.size == 1:
-        log.info("fsdp_version: 2 does nothing in one process")
-    elif config.adapter.adapter is None and dtype == torch.float16:
+        section, keys = config.distributed, ("fsdp_version", "fsdp_config", "dp_shard_size", "dp_replicate_size")
+        idle = [key for key in keys if getattr(section, key)]
+        offloads = "; deepspeed: zero3_offload is for one GPU too" if section.fsdp.offload_params else ""
+        log.warning("one process has nothing to share out: without effect here: %s%s", ", ".join(idle), offloads)
+        return
+    check_layers(config.distributed.fsdp.layer_classes, layer_classes(model_config))
+    if config.adapter.adapter is None and dtype == torch.float16:
         raise ConfigError(
             "fsdp_version: 2 trains a whole model in bf16 or fp32, and this run computes in fp16, which needs a loss "
             "scale: write `bf16: true`, or `fp16: false` for fp32, or train an adapter"
+        )
+
+
+def layer_classes(model_config: Any) -> list[str]:
+    """Names that a family of transformers gives its layers, read off its class; none where that is not known."""
+    known = AutoModelForCausalLM._model_mapping
+    found = known.get(type(model_config), None)
+    return sorted(getattr(found, "_no_split_modules", None) or [])
+
+
+def check_layers(written: Sequence[str], there: Sequence[str]) -> None:
+    """Raises ConfigError where the layers that a config names are none of a model's."""
+    if written and there and not set(written) <= set(there):
+        raise ConfigError(
+            f"fsdp_config.transformer_layer_cls_to_wrap: {', '.join(written)}, but this model's layers are "
+            f"{', '.join(there)}: write that, or leave the key out"
         )
 
 

@@ -13,11 +13,11 @@ import pytest
 
 from luthier.config import Config
 from luthier.errors import ConfigError
-from luthier.train import checkpoint, fsdp
+from luthier.train import checkpoint, spread
 from luthier.train.distributed import Processes
 from luthier.train.folder import SMALLER_PASSES
 from luthier.train.run import train
-from tests.models.families import toy_model
+from tests.models.families import toy_config
 from tests.train import test_distributed as distributed
 from tests.train.conftest import losses
 from tests.train.test_distributed import _assert_same_run, _start, _write
@@ -181,4 +181,6 @@ def test_copies_and_shares_have_to_be_the_processes(keys: dict[str, int], messag
 
 def test_layers_that_are_named_have_to_be_the_models() -> None:
     with pytest.raises(ConfigError, match=r"MistralDecoderLayer, but this model's layers are LlamaDecoderLayer"):
-        fsdp._check_layers(["MistralDecoderLayer"], list(toy_model("llama").model.layers))
+        spread.check_layers(["MistralDecoderLayer"], spread.layer_classes(toy_config("llama")))
+    spread.check_layers(["LlamaDecoderLayer"], spread.layer_classes(toy_config("llama")))
+    spread.check_layers(["Own"], spread.layer_classes(object()))  # nobody knows

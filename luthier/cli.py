@@ -46,6 +46,9 @@ VERBS: dict[str, Verb] = {
     "plan": Verb(
         "luthier.plan.command:command", "Say what a run will need: memory, time, cost.", takes_overrides=True
     ),
+    "convert": Verb(
+        "luthier.config.convert.command:command", "Write another tool's config, script or notebook as one of ours."
+    ),
     "generate": Verb("luthier.generate.cli:command", "Let a model or a run answer, a prompt or a file of them."),
     "chat": Verb("luthier.generate.chat:command", "Talk to a model or a run in the terminal."),
     "serve": Verb("luthier.serve.command:command", "Let models answer over HTTP, as OpenAI's do."),

@@ -53,6 +53,20 @@ def to_yaml(flat: Mapping[str, Any], origins: Mapping[str, str]) -> str:
     return "\n".join(parts)
 
 
+def short_yaml(flat: Mapping[str, Any], remarks: Mapping[str, str]) -> str:
+    """The given flat keys alone as YAML, sections apart, with the remark on a key behind its first line."""
+    parts: list[str] = []
+    for section in SECTIONS.values():
+        lines: list[str] = []
+        for key in section.model_fields:
+            if key in flat:
+                first, *rest = (text for text, _ in _entry(key, flat[key], (key,), ""))
+                lines += [f"{first}  # {remarks[key]}" if key in remarks else first, *rest]
+        if lines:
+            parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
 def scalar(value: Any) -> str:
     """One value in YAML, on one line."""
     if not isinstance(value, str):

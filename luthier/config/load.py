@@ -40,7 +40,12 @@ class Config(Sections):
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
         """Read a YAML file and command-line overrides. Raises ConfigError with everything that is wrong with
         them."""
-        source = read_file(path)
+        return cls.from_source(read_file(path), overrides)
+
+    @classmethod
+    def from_source(cls, source: Source, overrides: Sequence[str] = ()) -> Self:
+        """A config from what was read, of which the values are changed in place. Raises ConfigError with everything
+        that is wrong."""
         if not source.values:
             raise_problems(source.name, source.problems)
         one_spelling(source)  # for overrides that reach inside of it

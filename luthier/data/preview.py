@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from luthier.config import Config
+from luthier.config.convert.command import config_of
 from luthier.data.report import DataReport
 from luthier.errors import ConfigError
 
@@ -46,7 +47,7 @@ def preview(
     split: Annotated[Literal["train", "validation"], typer.Option(help="Which documents to show.")] = "train",
 ) -> None:
     """Show rows as they will be trained, token for token, and what became of the others."""
-    loaded = Config.load(config, overrides or [])
+    loaded = config_of(config, overrides or [])
     if split == "validation" and not (loaded.data.val_set_size or loaded.data.test_datasets):
         raise ConfigError("--split validation: there is none; set val_set_size or test_datasets.")
     console = Console(highlight=False, soft_wrap=True, no_color=plain or None)
@@ -68,7 +69,7 @@ def validate(config: ConfigArgument, overrides: Overrides = None) -> None:
     """Check a config and its data without loading weights, and show each value with where it comes from."""
     from luthier.config.show import show_config
 
-    loaded = Config.load(config, overrides or [])
+    loaded = config_of(config, overrides or [])
     console = Console(highlight=False, soft_wrap=True)
     show_config(loaded, console)
     prepared, _ = _prepare(loaded)

@@ -15,6 +15,7 @@ import typer
 
 from luthier.config import Config
 from luthier.config.arguments import ConfigArgument, OverridesArgument
+from luthier.config.convert.command import config_of
 from luthier.errors import ConfigError
 from luthier.launch.asked import Asked
 
@@ -72,7 +73,7 @@ def command(
     """Train a model as a config says."""
     asked = Asked(num_processes, nnodes, node_rank, rdzv_endpoint, launcher, num_workers, max_failures)
     asked.check()
-    loaded = Config.load(config, overrides or [])
+    loaded = config_of(config, overrides or [])
     if launcher == "ray":
         _train_with_ray(config, overrides or [], asked)
         return

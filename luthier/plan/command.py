@@ -10,6 +10,7 @@ import typer
 
 from luthier.config import Config
 from luthier.config.arguments import ConfigArgument, OverridesArgument
+from luthier.config.convert.command import config_of
 from luthier.config.preference import unit_of
 from luthier.errors import ConfigError, LuthierError
 
@@ -47,7 +48,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Say what a run will need: memory, steps, time, cost; without weights and without a GPU."""
-    loaded = Config.load(config, overrides or [])
+    loaded = config_of(config, overrides or [])
     card = _card(gpu, memory)
     _check_stated(loaded, tokens, rows)
     if fit:

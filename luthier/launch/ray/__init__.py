@@ -29,7 +29,7 @@ def train(
     Raises:
         LuthierError: a worker has failed too often, or in a way that beginning again does not mend.
     """
-    from luthier.config import Config
+    from luthier.config.convert.command import config_of
     from luthier.launch.ray import driver
 
-    driver.train(Config.load(config_path, overrides), num_workers, max_failures or 0)
+    driver.train(config_of(config_path, overrides, quiet=True), num_workers, max_failures or 0)

@@ -1,0 +1,160 @@
+"""The arguments of transformers' TrainingArguments and of TRL's classes of them: what each is here.
+
+One table for both doors: `api.translate`, which has the objects of a running notebook, and `arguments`, which has
+what a script or a YAML file says. Arguments that take more than a table are handled in those modules.
+"""
+
+from __future__ import annotations
+
+CARRIED = {
+    "per_device_train_batch_size": "micro_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "num_train_epochs": "num_epochs",
+    "learning_rate": "learning_rate",
+    "weight_decay": "weight_decay",
+    "adam_beta1": "adam_beta1",
+    "adam_beta2": "adam_beta2",
+    "adam_epsilon": "adam_epsilon",
+    "max_grad_norm": "max_grad_norm",
+    "seed": "seed",
+    "save_total_limit": "save_total_limit",
+    "load_best_model_at_end": "load_best_model_at_end",
+    "full_determinism": "deterministic",
+    "overwrite_output_dir": "overwrite_output_dir",
+    "dataset_num_proc": "dataset_processes",
+    "packing": "sample_packing",
+    "beta": "rl_beta",
+    "label_smoothing": "label_smoothing",
+    "rpo_alpha": "rpo_alpha",
+    "precompute_ref_log_probs": "precompute_ref_log_probs",
+    "max_prompt_length": "max_prompt_len",
+    "desirable_weight": "kto_desirable_weight",
+    "undesirable_weight": "kto_undesirable_weight",
+    "cpo_alpha": "cpo_alpha",
+    "simpo_gamma": "simpo_gamma",
+}
+"""Arguments whose value is that of a key."""
+
+_PASSES = "a step is cut into passes that memory holds, and the numbers do not depend on the cut"
+_NO_PADDING = "no padding is ever computed"
+_LOADER = "rows are read from a mapped file, in the run's own order"
+_ONE_PROCESS = "a notebook's run is one process; `luthier train config.yaml` makes it several"
+NO_EFFECT = {
+    "per_device_eval_batch_size": _PASSES,
+    "eval_accumulation_steps": _PASSES,
+    "auto_find_batch_size": _PASSES,
+    "torch_empty_cache_steps": "memory is freed where it runs out",
+    "average_tokens_across_devices": "every trained token of a step counts alike",
+    "use_liger_kernel": "fused kernels are used as they are, each proven on the model at hand",
+    "liger_kernel_config": "fused kernels are used as they are, each proven on the model at hand",
+    "torch_compile": "fused kernels take its place",
+    "torch_compile_backend": "fused kernels take its place",
+    "torch_compile_mode": "fused kernels take its place",
+    "gradient_checkpointing_kwargs": "recomputation is Luthier's own",
+    "activation_checkpointing_kwargs": "recomputation is Luthier's own",
+    "group_by_length": _NO_PADDING,
+    "length_column_name": _NO_PADDING,
+    "padding_free": _NO_PADDING,
+    "pad_to_multiple_of": _NO_PADDING,
+    "pad_token": _NO_PADDING,
+    "padding_value": _NO_PADDING,
+    "label_pad_token_id": _NO_PADDING,
+    "max_completion_length": "the whole of prompt and answer is bounded by max_length",
+    "is_encoder_decoder": "models here write from left to right",
+    "eval_packing": "a loss over documents does not depend on packing",
+    "dataset_kwargs": "text that brings its own BOS or EOS gets no second one; else the tokenizer says what is added",
+    "shuffle_dataset": "rows are drawn in a random order, which the seed fixes",
+    "bf16_full_eval": "evaluation computes as training does",
+    "fp16_full_eval": "evaluation computes as training does",
+    "prediction_loss_only": "an evaluation is its figures",
+    "include_for_metrics": "an evaluation is its figures",
+    "include_num_input_tokens_seen": "tokens are always counted",
+    "batch_eval_metrics": "an evaluation is its figures",
+    "eval_do_concat_batches": "an evaluation is its figures",
+    "eval_use_gather_object": "an evaluation is its figures",
+    "eval_on_start": "the first evaluation is after the first eval_steps; trainer.evaluate() before train() makes one",
+    "eval_delay": "evaluations begin with the first eval_steps",
+    "logging_first_step": "rows are logged every logging_steps, and after the last step",
+    "logging_nan_inf_filter": "a loss that is not finite ends the run with a message",
+    "log_on_each_node": _ONE_PROCESS,
+    "log_level": "the level is that of the logger `luthier`",
+    "log_level_replica": _ONE_PROCESS,
+    "project": "it is trackio's; report_to names trackers",
+    "trackio_space_id": "trackers write to this machine",
+    "trackio_bucket_id": "trackers write to this machine",
+    "trackio_static_space_id": "trackers write to this machine",
+    "skip_memory_metrics": "the peak is always reported",
+    "save_only_model": "a checkpoint is whole, so that a run can go on from it",
+    "save_on_each_node": _ONE_PROCESS,
+    "restore_callback_states_from_checkpoint": "callbacks are told of what happens from the checkpoint on",
+    "enable_jit_checkpoint": "SIGTERM ends a run after its step, with a checkpoint",
+    "ignore_data_skip": "a run that is resumed goes on at its place in the data",
+    "resume_from_checkpoint": "write trainer.train(resume_from_checkpoint=...)",
+    "remove_unused_columns": "columns that are not read are left out",
+    "label_names": "labels are made from the rows",
+    "do_train": "train() is what is called",
+    "do_predict": "luthier.load(run).generate(...) answers prompts",
+    "debug": "there is no such mode",
+    "use_cache": "training keeps no cache, and generation always does",
+    "trust_remote_code": "the model is loaded already",
+    "precompute_ref_batch_size": _PASSES,
+    "hub_token": "nothing is uploaded while training",
+    "hub_model_id": "nothing is uploaded while training; model.push_to_hub(...) does it afterwards",
+    "hub_private_repo": "nothing is uploaded while training",
+    "hub_always_push": "nothing is uploaded while training",
+    "hub_revision": "nothing is uploaded while training",
+    "model_adapter_name": "a model has one adapter",
+    "ref_adapter_name": "the reference is the model as it begins",
+    "force_use_ref_model": "the reference is the model as it begins",
+    "ref_model_mixup_alpha": "the reference stays as it is",
+    "ref_model_sync_steps": "the reference stays as it is",
+    "f_alpha_divergence_coef": "it belongs to another divergence",
+    "dataloader_drop_last": "the last step of an epoch has the rows that are left",
+    **{
+        f"dataloader_{name}": _LOADER
+        for name in (
+            "num_workers",
+            "pin_memory",
+            "persistent_workers",
+            "prefetch_factor",
+            "multiprocessing_context",
+            "in_order",
+        )
+    },
+    **{
+        f"ddp_{name}": _ONE_PROCESS
+        for name in (
+            "find_unused_parameters",
+            "bucket_cap_mb",
+            "broadcast_buffers",
+            "static_graph",
+            "backend",
+            "timeout",
+        )
+    },
+}
+"""Arguments that do nothing here, and why."""
+
+REFUSED = {
+    "neftune_noise_alpha": "noise on embeddings is not built here; leave it out",
+    "label_smoothing_factor": "smoothing of the targets is not built here; leave it out",
+    "optim_target_modules": "GaLore and its kin are not built here; leave it out, or train an adapter",
+    "deepspeed": "write its settings for `luthier train config.yaml`; leave it out here",
+    "fsdp": "start the run with `luthier train config.yaml`; leave it out here",
+    "parallelism_config": "start the run with `luthier train config.yaml`; leave it out here",
+    "push_to_hub": 'leave it out, and call model.push_to_hub("owner/name") after training',
+    "truncation_mode": 'write truncation_mode="keep_start": longer rows are cut at their end',
+    "router_aux_loss_coef": "the router's auxiliary loss is not built here; leave it out",
+    "packing_strategy": 'write packing_strategy="bfd": documents are packed whole, and never cut to fill a row',
+    "chat_template_path": "set tokenizer.chat_template to the template's text instead",
+    "generate_during_eval": "leave it out; generate_samples and sample_prompts of a config do that",
+    "reference_free": "leave it out, or use ORPOTrainer, which needs no reference",
+    "loss_weights": "one loss at a time: leave it out, and write one loss_type",
+    "f_divergence_type": 'write f_divergence_type="reverse_kl", which is the paper\'s',
+    "use_weighting": "leave it out: WPO is not built here",
+    "discopop_tau": "leave it out: it is 0.05 here",
+    "ld_alpha": "leave it out: length desensitisation is not built here",
+    "alpha": "leave it out: AlphaPO is not built here",
+    "sync_ref_model": "leave it out: the reference stays the model as it began",
+}
+"""Arguments that would change the result and cannot, and what to write instead."""

@@ -253,8 +253,8 @@ class _Special:
         elif "min_lr" in more and isinstance(rate := into.values.get("learning_rate"), float):
             into.carry(self.name("lr_scheduler_kwargs"), "cosine_min_lr_ratio", float(more.pop("min_lr")) / rate)
         if written and (more or not isinstance(written, dict)):
-            what = ", ".join(map(str, more)) or "expected a mapping"
-            into.unsupported(self.name("lr_scheduler_kwargs"), f"{what}: no key here says it.")
+            for name in more or [str(written)]:
+                into.unsupported(f"{self.name('lr_scheduler_kwargs')}.{name}", "no key here says it.")
         elif written is not None and not written:
             into.no_effect(self.name("lr_scheduler_kwargs"))
         steps, ratio = given.get("warmup_steps"), given.get("warmup_ratio")

@@ -54,7 +54,7 @@ class _Axolotl(Sharing):
         if key in self.unlisted:
             plugin = self.unlisted[key]
             self.into.unknown(key, set(), f"Axolotl's without its plugin: `plugins: [{plugin}...]` is not there")
-        elif value is None and (key in keys.ALL or key in FIELDS):
+        elif (value is None or value in ([], {})) and (key in keys.ALL or key in FIELDS):
             self.into.no_effect(key)
         elif key in keys.MAPPINGS and not isinstance(value, dict):
             self.into.refuse(key, value, "expected a mapping.")
@@ -115,7 +115,8 @@ class _Axolotl(Sharing):
         if "rope_theta" in value and rope:
             rope["rope_theta"] = value["rope_theta"]
         if rest := set(value) - ({"rope_parameters", "rope_scaling", "rope_theta"} if rope else set()):
-            self.into.unsupported(key, f"{', '.join(sorted(rest))}: a model is loaded with its own config.")
+            for name in sorted(rest, key=str):
+                self.into.unsupported(f"{key}.{name}", "a model is loaded with its own config.")
         if rope:
             self.into.carry(key, "rope_parameters", rope)
 
@@ -227,8 +228,8 @@ class _Axolotl(Sharing):
         rest = dict(value)
         if "min_lr_rate" in rest:
             self.into.carry(key, "cosine_min_lr_ratio", rest.pop("min_lr_rate"))
-        if rest:
-            self.into.unsupported(key, f"{', '.join(rest)}: no key here says it.")
+        for name in rest:
+            self.into.unsupported(f"{key}.{name}", "no key here says it.")
 
     def _auto_resume_from_checkpoints(self, key: str, value: Any) -> None:
         if value and "resume_from_checkpoint" not in self.given:

@@ -22,10 +22,11 @@ class Sharing:
         if not value:
             self.into.no_effect(key)
             return
-        self.into.carry(key, "fsdp_version", 2)
         parts = [str(part) for part in value] if isinstance(value, list) else str(value).split()
         if rest := sorted(set(parts) - {"full_shard", "auto_wrap", "offload"}):
             self.into.unsupported(key, f"{', '.join(rest)}: FSDP2 has full_shard, with dp_shard_size for hybrid ones.")
+        else:
+            self.into.carry(key, "fsdp_version", 2)
         if "offload" in parts:
             self.into.also("fsdp_config", {"offload_params": True}, key)
 

@@ -127,7 +127,11 @@ class Conversion:
                 self.report.defaults = [item for item in self.report.defaults if item.key != key]
                 theirs = self._remarks.pop(key, key)
                 self.report.carried = [item for item in self.report.carried if item.key != theirs]
-                if asks_for_something(value) and not theirs.startswith("default of "):
+                if theirs.startswith("default of "):
+                    continue
+                if not asks_for_something(value):
+                    self.no_effect(theirs)
+                else:
                     self.no_effect(theirs, _ADVICE.split(need.message.format(key=key))[0].rstrip("."))
 
     def result(self) -> Source:

@@ -41,13 +41,13 @@ class _LlamaFactory:
     def __init__(self, into: Conversion, source: Source) -> None:
         self.into = into
         self.folder = Path(source.name).parent
-        self.given = {key: value for key, value in source.values.items() if value is not None}
+        self.given = {key: value for key, value in source.values.items() if value not in (None, [], {})}
         self.stage = self.given.get("stage", "sft")
 
     def key(self, key: str, value: Any) -> None:
         """One key of the file that is LLaMA-Factory's own."""
         own = getattr(self, f"_{key}", None)
-        if value is None:
+        if value is None or value in ([], {}):
             self.into.no_effect(key)
         elif own is not None:
             own(key, value)

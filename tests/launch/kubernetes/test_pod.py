@@ -40,7 +40,8 @@ def pod(folder: Path, **variables: str) -> subprocess.Popen[str]:
     for name in ("/luthier", "/config"):
         (folder / name[1:]).mkdir(exist_ok=True)
         script = script.replace(f"={name}/", f"={folder}{name}/").replace(f'"{name}/', f'"{folder}{name}/')
-    (folder / "run.sh").write_text(script)
+    if not (folder / "run.sh").exists():  # another pod's shell may be reading it
+        (folder / "run.sh").write_text(script)
     (folder / "config" / "cfg.yml").write_text(CONFIG)
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",

@@ -113,8 +113,7 @@ def run_in_processes(
     try:
         Job(config, os.getpid(), tuple(sys.argv)).write(folder)
         if machines == 1:
-            # It holds a port that is free, and torch's agent shares it.
-            store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+            store = _shared_store()  # as long as it is held, so is its port
             machine, endpoint = 0, f"127.0.0.1:{store.port}"
         assert endpoint is not None
         with _Signals() as signals:
@@ -162,6 +161,24 @@ def _threads(processes: int) -> tuple[dict[str, str], str]:
         return {}, ""
     each = max(1, torch.get_num_threads() // processes)
     return {"OMP_NUM_THREADS": str(each)}, f"{each} {'thread' if each == 1 else 'threads'} each (OMP_NUM_THREADS)"
+
+
+def _shared_store() -> TCPStore:
+    """A store at a port that is free, which torch's agent in this process shares.
+
+    torch remembers the ports of stores that are gone, and does not share a store at a port that the system has given
+    out again; then another one is asked for.
+    """
+    for attempt in range(8):
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+        try:
+            TCPStore("127.0.0.1", store.port, is_master=True, wait_for_workers=False, multi_tenant=True)
+        except torch.distributed.DistNetworkError:
+            if attempt == 7:
+                raise
+        else:
+            break
+    return store
 
 
 def _spec(processes: int, machines: int, machine: int | None, endpoint: str) -> WorkerSpec:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import TCPStore
 
 from luthier.config import Config
 from luthier.errors import LuthierError
@@ -308,3 +309,16 @@ def test_errors_of_torch_that_are_consequences() -> None:
     assert is_consequence(ConnectionResetError("Connection reset by peer"))
     assert not is_consequence(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_consequence(ValueError("Connection closed by peer"))
+
+
+def test_a_port_that_torch_would_not_share_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the system gives out a port again that a store had before: the agent could not listen there."""
+    asked: list[int] = []
+
+    def given(host: str, port: int, **options: Any) -> TCPStore:
+        asked.append(port)
+        return TCPStore(host, port, **{**options, "multi_tenant": len(asked) > 1})
+
+    monkeypatch.setattr(launching, "TCPStore", given)
+    store = launching._shared_store()
+    assert asked[0] == asked[2] == 0 and asked[1] != asked[3] == store.port

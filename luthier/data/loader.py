@@ -148,7 +148,8 @@ class StepLoader:
 
     def passes_agreed(self, step: Step) -> int:
         """How many passes every process runs in lockstep: those of the process that has most."""
-        return max(len(self._passes(step.rows, rank)) for rank in range(self.processes))
+        others = (rank for rank in range(self.processes) if rank != self.rank)
+        return max([len(step.passes), *(len(self._passes(step.rows, rank)) for rank in others)])
 
     def batches(self, step: Step, device: torch.device) -> Iterator[Batch]:
         """The passes of a step, on the device."""

@@ -3,7 +3,7 @@
 The loop computes shares of the loss in passes. What becomes of them is here for runs in which every process holds all
 that is trained: one process, or several replicas whose gradients are added up once, behind the last pass (Li et al.
 2020 overlap that with the backward pass; here ranks may have different numbers of passes, and agree on an end of
-memory before they send anything). `train.fsdp` spreads weights over processes and has the same face.
+memory before they send anything). `train.fsdp` and `train.zero_engine` spread weights out, with the same face.
 
 A checkpoint knows nothing of all that: it holds whole tensors by parameter name, so that a run that was spread in one
 way goes on in any other.
@@ -78,7 +78,7 @@ class Engine:
         self, figures: Sequence[torch.Tensor], words: Sequence[float], *, failed: bool = False
     ) -> list[list[float]]:
         """Sum gradients and figures over the processes, in place; see `Processes.add_up`."""
-        return self.processes.add_up(self.masters, figures, words, failed=failed)
+        return self.processes.add_up(self.masters.whole_here(), figures, words, failed=failed)
 
     def step(self) -> tuple[torch.Tensor, str]:
         """Clip, take the optimizer's step, and bring the result into the model.
@@ -113,7 +113,7 @@ class Engine:
 
     def level(self, device: torch.device) -> None:
         """Give all processes what they hold alike, and the random state, from process 0."""
-        self.processes.level(self.masters, device)
+        self.processes.level(self.masters.whole_here(), device)
 
     def collect(self) -> Collected | None:
         """What a checkpoint holds, in the process that writes it; None in the others."""
@@ -133,5 +133,5 @@ class Engine:
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint: trained parameters, the optimizer's state, random states."""
         self.load_masters(path)
-        checkpoint.restore_optimizer(path, self.masters.masters, self.optimizer)
+        checkpoint.restore_optimizer(path, self.masters.masters, self.optimizer, self.masters.part)
         self.masters.publish()  # an optimizer may put weights of its own in place (schedule-free)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -215,7 +214,7 @@ class Sharded(Engine):
 
     def add_up(self, figures: Any, words: Any, *, failed: bool = False) -> list[list[float]]:
         self.masters.take_gradients()
-        return self.processes.add_up(self.masters.whole_here(), figures, words, failed=failed)
+        return super().add_up(figures, words, failed=failed)
 
     def _clip(self, masters: ShardedMasters) -> torch.Tensor:
         norm = masters.norm()
@@ -232,9 +231,6 @@ class Sharded(Engine):
             yield
         finally:
             policy.reshard()
-
-    def level(self, device: torch.device) -> None:
-        self.processes.level(self.masters.whole_here(), device)
 
     def collect(self) -> Collected | None:
         """Whole tensors, one after another: the first process keeps them all, or each its turn (`each_writes`)."""
@@ -269,8 +265,3 @@ class Sharded(Engine):
                 seen[place] = full.to("cpu") if self.processes.main else full.new_empty(0)
             found[name] = seen[place]
         return found if self.processes.main else None
-
-    def restore(self, path: Path) -> None:
-        self.load_masters(path)
-        checkpoint.restore_optimizer(path, self.masters.masters, self.optimizer, self.masters.part)
-        self.masters.publish()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -73,6 +73,14 @@ class Masters:
     def shapes(self) -> dict[str, list[int]]:
         """Of the whole parameters, by name."""
         return {name: list(master.shape) for name, master in self.masters.items()}
+
+    def whole_here(self) -> Iterable[torch.Tensor]:
+        """The masters that every process holds whole: all of them."""
+        return self.masters.values()
+
+    def part(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """What this process holds of a whole tensor that belongs to a parameter."""
+        return tensor
 
     def pairs(self) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
         """Each trained parameter of the model with its master."""

@@ -80,7 +80,7 @@ def zero_settings(deepspeed: str | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stage_of(settings: Mapping[str, Any]) -> int:
-    """ZeRO's stage, 0 to 3."""
+    """ZeRO's stage, 1 to 3."""
     return int(settings["zero_optimization"]["stage"])
 
 
@@ -108,7 +108,13 @@ def flaws(deepspeed: str | Mapping[str, Any], c: Mapping[str, Any]) -> Iterator[
     of_zero = settings.get("zero_optimization")
     stage = of_zero.get("stage") if isinstance(of_zero, dict) else None
     if type(stage) is not int or stage not in range(4):
-        yield f"{where}: it needs `zero_optimization` with a `stage` from 0 to 3, and has {stage!r}."
+        yield f"{where}: it needs `zero_optimization` with a `stage` from 1 to 3, and has {stage!r}."
+    elif stage == 0:
+        yield f"{where}: stage 0 shares nothing: leave deepspeed out, or write zero1, zero2 or zero3."
+    for key in ("offload_optimizer", "offload_param"):
+        offload = of_zero.get(key) if isinstance(of_zero, dict) else None
+        if isinstance(offload, dict) and offload.get("device") == "nvme":
+            yield f"{where}: {key} to nvme is not built: write `device: cpu` there."
     for key, value in settings.items():
         if key in FROM_YAML:
             if value != "auto" and (message := _beside_yaml(key, value, c)):

@@ -8,6 +8,7 @@ does not know runs as transformers has it, and gets a rougher figure from the wi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -171,7 +172,7 @@ def shape_of(model: PreTrainedModel, *, fused: bool = True) -> Shape:
         trained_16=sum(p.numel() for p in others),
         hidden_matrices=sum(p.numel() for p in trained if p.dim() == 2 and not any(p is edge for edge in edges)),
         small=sum(p.numel() for p in trained if p.numel() < SMALL),
-        factors=sum(p.numel() // (p.shape[-1] * p.shape[-2]) * sum(p.shape[-2:]) for p in trained if p.dim() > 1)
+        factors=sum(math.prod(p.shape[:-2]) * sum(p.shape[-2:]) for p in trained if p.dim() > 1)
         + sum(p.numel() for p in trained if p.dim() < 2),
         head_trained=bool(head.weight.requires_grad),
         input_trained=bool(embeddings.weight.requires_grad),

@@ -67,13 +67,6 @@ def check(config: Config, device: torch.device, dtype: torch.dtype, *, given: bo
             "deepspeed: this run computes in fp16, whose loss scaling is not built with DeepSpeed: write `bf16: true`, "
             "or `fp16: false` for fp32, or leave deepspeed out"
         )
-    settings = config.distributed.zero
-    if stage_of(settings) == 0:
-        raise ConfigError("deepspeed: stage 0 shares nothing: leave deepspeed out, or write zero1, zero2 or zero3")
-    of_zero = settings["zero_optimization"]
-    for key in ("offload_optimizer", "offload_param"):
-        if (of_zero.get(key) or {}).get("device") == "nvme":
-            raise ConfigError(f"deepspeed: {key} to nvme is not built: write `device: cpu` there")
 
 
 def shares_weights(config: Config, *, several: bool) -> bool:

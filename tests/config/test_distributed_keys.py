@@ -162,10 +162,15 @@ def test_a_file_becomes_part_of_the_config(load, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"zero_optimization": {"stage": 4}}, "a `stage` from 0 to 3, and has 4"),
-        ({"zero_optimization": {"stage": True}}, "a `stage` from 0 to 3, and has True"),
-        ({"zero_optimization": {}}, "a `stage` from 0 to 3, and has None"),
-        ({"zero_optimization": 2}, "a `stage` from 0 to 3"),
+        ({"zero_optimization": {"stage": 4}}, "a `stage` from 1 to 3, and has 4"),
+        ({"zero_optimization": {"stage": 0}}, "stage 0 shares nothing"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            "offload_param to nvme is not built",
+        ),
+        ({"zero_optimization": {"stage": True}}, "a `stage` from 1 to 3, and has True"),
+        ({"zero_optimization": {}}, "a `stage` from 1 to 3, and has None"),
+        ({"zero_optimization": 2}, "a `stage` from 1 to 3"),
         ({"train_batch_size": 8}, "micro_batch_size x gradient_accumulation_steps x processes makes it"),
         ({"train_micro_batch_size_per_gpu": 4}, "is 4 there, and micro_batch_size is 2"),
         ({"gradient_accumulation_steps": 2}, "is 2 there, and gradient_accumulation_steps is 1"),

@@ -286,6 +286,7 @@ def _nothing_made(self: gpu.Benchmark, what: str, *given: str) -> str:
     return ""
 
 
+@pytest.mark.slow  # half a minute: it is a whole run of the benchmark
 def test_luthier_trains_through_all_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["--device", "cpu", "--shapes", "micro", "--no-check", "--only", "luthier", "--seconds", "0.3"]
     places = ["--work", str(tmp_path / "work"), "--results", str(tmp_path / "results")]

@@ -10,6 +10,7 @@ import pytest
 from bench import machine, memory
 
 
+@pytest.mark.slow
 def test_predicted_and_measured_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["--device", "cpu", "--shape", "tiny", "--only", "lora,full-layer", "--tokens", "256", "--length", "128"]
     assert memory.main([*given, "--results", str(tmp_path)]) == 0

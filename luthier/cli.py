@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import luthier
@@ -42,6 +43,9 @@ VERBS: dict[str, Verb] = {
     "preview": Verb(
         "luthier.data.preview:preview", "Show rows as they will be trained.", takes_overrides=True
     ),
+    "inspect": Verb(
+        "luthier.data.inspect.command:command", "Say whether data looks large, balanced and clean; show its worst rows."
+    ),
     "validate": Verb("luthier.data.preview:validate", "Check a config and its data.", takes_overrides=True),
     "plan": Verb(
         "luthier.plan.command:command", "Say what a run will need: memory, time, cost.", takes_overrides=True
@@ -49,6 +53,7 @@ VERBS: dict[str, Verb] = {
     "convert": Verb(
         "luthier.config.convert.command:command", "Write another tool's config, script or notebook as one of ours."
     ),
+    "prepare": Verb("luthier.data.logs.command:command", "Make training rows of logs."),
     "generate": Verb("luthier.generate.cli:command", "Let a model or a run answer, a prompt or a file of them."),
     "chat": Verb("luthier.generate.chat:command", "Talk to a model or a run in the terminal."),
     "serve": Verb("luthier.serve.command:command", "Let models answer over HTTP, as OpenAI's do."),
@@ -60,6 +65,11 @@ VERBS: dict[str, Verb] = {
     "push": Verb("luthier.export.push_command:command", "Upload an adapter or a model to the hub."),
     "export": Verb("luthier.export.save:command", "Save a run or a model as adapter, merged, in 4 bits, or as GGUF."),
     "report": Verb("luthier.experiments.report:command", "Show what a run did, or several, as one page."),
+    "sweep": Verb(
+        "luthier.experiments.study.command:command",
+        "Run one config with many settings, and compare them.",
+        takes_overrides=True,
+    ),
     "demo": Verb("luthier.demo.command:demo", "Train a tiny model and see that it learned."),
     "config-schema": Verb(
         "luthier.config.reference:command", "Print the JSON Schema of the config, for editors."
@@ -138,7 +148,7 @@ def _run_verb(name: str, arguments: list[str], debug: bool) -> int:
     @functools.wraps(function)
     def shielded(*args: Any, **kwargs: Any) -> None:
         # Inside typer, which would turn Ctrl-C into "Aborted!" and swallow broken pipes.
-        if status := _shielded(lambda: function(*args, **kwargs), debug):
+        if status := _shielded(lambda: function(*args, **_fetched(kwargs)), debug):
             raise SystemExit(status)
 
     app.command(context_settings=settings, epilog="--debug shows tracebacks.")(shielded)
@@ -151,6 +161,24 @@ def _run_verb(name: str, arguments: list[str], debug: bool) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
+
+
+# Parameters of verbs whose values are texts, or places to write to.
+_NO_SOURCES = {"message", "output", "out", "prompt", "push", "repo", "stop", "system"}
+
+
+def _fetched(values: dict[str, Any]) -> dict[str, Any]:
+    """A verb's arguments with folders of this machine in place of artifacts of Weights & Biases: wherever a verb
+    takes a model, a run or data, it may be one."""
+
+    def one(value: Any) -> Any:
+        if isinstance(value, (str, Path)) and str(value).startswith("wandb:"):
+            from luthier.artifacts.source import local_dataset
+
+            return type(value)(local_dataset(str(value)))
+        return [one(each) for each in value] if isinstance(value, list) else value
+
+    return {name: value if name in _NO_SOURCES else one(value) for name, value in values.items()}
 
 
 def as_option(argument: str, options: Collection[str]) -> str:

@@ -19,7 +19,7 @@ from luthier.cli import VERBS, Verb
 from luthier.errors import ConfigError
 
 SHELLS = ("bash", "zsh", "fish")
-FIRST_WORDS = {"completion": SHELLS, "launch": ("kubernetes",)}
+FIRST_WORDS = {"completion": SHELLS, "launch": ("kubernetes",), "prepare": ("logs",)}
 """Of verbs whose first argument is one of a few words; a config, where they take one, comes behind it."""
 EVERYWHERE = {"--help": "Show the help of the verb.", "--debug": "Show the traceback of an error."}
 OF_PROGRAM = {"--help": "Show the help.", "--version": "Show the version.", "--debug": EVERYWHERE["--debug"]}

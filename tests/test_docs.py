@@ -7,6 +7,8 @@ import pytest
 
 from luthier.cli import VERBS
 from luthier.config import Config
+from luthier.experiments.study import spec
+from luthier.experiments.study.expand import check_space, expand
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
@@ -37,6 +39,13 @@ def test_yaml_on_a_page_is_made_of_real_keys(page: Path, tmp_path: Path) -> None
     for block in re.findall(
         r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
     ):
+        if re.search("^base:", block, re.MULTILINE):  # a study
+            base = [*fill.values(), "adapter: lora", "val_set_size: 10"]
+            (tmp_path / "lora.yml").write_text("\n".join(base), encoding="utf-8")
+            (tmp_path / "study.yml").write_text(block, encoding="utf-8")
+            study = spec.read(tmp_path / "study.yml")
+            assert check_space(study) if study.search else expand(study).runs
+            continue
         missing = [line for key, line in fill.items() if not re.search(f"^{key}:", block, re.MULTILINE)]
         (tmp_path / "block.yml").write_text("\n".join([*missing, block]), encoding="utf-8")
         Config.load(tmp_path / "block.yml")

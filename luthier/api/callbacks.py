@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -77,19 +78,19 @@ class Reporter(Follower):
         self.state = TrainerState()
         self.control = TrainerControl()
         self._stopper = ""
-        self._per_epoch = 1
+        self._per_epoch: float = 1
         self._folder: Path | None = None
 
     def restart(self, folder: Path) -> None:
         """A run in this folder is about to begin, or to go on."""
         self._folder = folder
 
-    def begins(self, total_steps: int, steps_per_epoch: int, from_step: int) -> None:
+    def begins(self, total_steps: int, steps_per_epoch: float, from_step: int) -> None:
         self._per_epoch = steps_per_epoch
         self.state = TrainerState()
         self._take_over(from_step)
         self.state.max_steps, self.state.global_step = total_steps, from_step
-        self.state.num_train_epochs = -(-total_steps // steps_per_epoch)
+        self.state.num_train_epochs = ceil(total_steps / steps_per_epoch - 1e-6)
         self.state.epoch = from_step / steps_per_epoch
         self.control = TrainerControl()
         self._stopper = ""
@@ -99,7 +100,7 @@ class Reporter(Follower):
     def step(self, step: int) -> None:
         self.state.global_step, self.state.epoch = step, step / self._per_epoch
         self.tell("on_step_end")
-        if step % self._per_epoch == 0:
+        if step // self._per_epoch > (step - 1) // self._per_epoch:
             self.tell("on_epoch_end")
 
     def row(self, row: dict[str, Any], step: int) -> None:

@@ -155,6 +155,12 @@ class DatasetEntry(Section):
     labels_shifted: bool = False
     """The `labels` column is already shifted by one against `input_ids`; it is shifted back before
     training."""
+    weight: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
+    """How often an epoch holds this dataset: 2 has each row twice, 0.5 half of the rows, and the next epoch the
+    other half. With `mix_strategy: interleave`, its part of the mix beside the weights of the others. Default: 1."""
+    epochs: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
+    """How often the whole run goes through this dataset, in place of `weight`. Default: `num_epochs`, times
+    `weight`."""
 
 
 class DataConfig(Section):
@@ -187,10 +193,31 @@ class DataConfig(Section):
     """Variables handed to the chat template, such as `enable_thinking: false`."""
     eot_tokens: list[str] | None = None
     """Tokens that end a turn. Default: found from the chat template."""
+    dataset_exact_deduplication: bool = False
+    """Leave out training documents that are there before, or in the validation data, token for token; both are counted
+    either way."""
+    dataset_near_deduplication: Annotated[float | None, Field(ge=0.5, le=1)] = None
+    """Leave out those as well that are nearly the same: from this Jaccard similarity of their runs of five tokens on,
+    such as 0.8, for the whole and for what is trained of it."""
     dataset_prepared_path: str | None = None
     """Folder in which tokenised data is kept. Default: `$LUTHIER_CACHE`, or `~/.cache/luthier/datasets`."""
     dataset_processes: Annotated[int | None, Field(ge=1)] = None
     """Processes that tokenise. Default: as many as pay off on this machine."""
+    mix_strategy: Literal["concat", "interleave", "temperature"] = "concat"
+    """How several `datasets` become one epoch: `concat`, each as often as its `weight` says; `interleave`, in parts
+    that the weights give, evenly spread; `temperature`, the same with parts that go by size, evened out by
+    `mix_temperature`."""
+    mix_temperature: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
+    """For `temperature`: a dataset's part goes by (weight x rows) ^ (1 / mix_temperature). 1 is in proportion to the
+    rows, more is more even. Default: 2."""
+    mix_stopping: Literal["first_exhausted", "all_exhausted"] = "all_exhausted"
+    """When an epoch of `interleave` or `temperature` ends: once every row of every dataset was seen, the smaller ones
+    several times (`all_exhausted`), or once one dataset is through, so that no row comes twice (`first_exhausted`)."""
+    streaming: bool = False
+    """Read rows while training goes on, in place of reading and tokenising all of them before: for data larger than
+    disk or memory. Needs `max_steps`."""
+    shuffle_buffer_size: Annotated[int, Field(ge=1)] = 10_000
+    """Rows of a stream that are held, tokenised, at a time, and put in a random order among themselves."""
     shuffle: bool = True
     """Draw documents in a random order, which `seed` fixes, anew in each epoch; otherwise in the data's own
     order."""

@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Iterator
 from string import Formatter
 
+from luthier.config.artifact_names import flaw, is_artifact, without_count
 from luthier.config.datasets import (
     PREFERENCE_NAMES,
     PROMPT_TYPES,
@@ -85,6 +86,10 @@ def kind_of(entry: DatasetEntry, rl: str | None = None) -> str | None:
 
 def flaws(entry: DatasetEntry, train_on_inputs: bool = False, rl: str | None = None) -> Iterator[Flaw]:
     """All that is wrong with an entry; `train_on_inputs` and `rl` are the top-level keys."""
+    if entry.weight is not None and entry.epochs is not None:
+        yield ("epochs",), "it says how often the run goes through the dataset, and so does weight: leave out one."
+    if is_artifact(entry.path) and (problem := flaw(without_count(entry.path)[0])):
+        yield ("path",), problem
     kind = kind_of(entry, rl)
     if kind is None:
         yield ("type",), _unfit_type(entry, rl)

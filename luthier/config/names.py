@@ -40,6 +40,8 @@ ELSEWHERE: dict[str, str] = {
     "bnb_4bit_compute_dtype": "Leave it out: the run's own precision is what is computed in (bf16, fp16).",
     "bnb_config_kwargs": "Write bnb_4bit_quant_type and bnb_4bit_use_double_quant at the top level.",
     "dataset": "Write datasets, a list of entries with path and type.",
+    "epochs": "Did you mean num_epochs? Inside an entry of datasets, it is how often the run goes through that one.",
+    "interleave_probs": "Write `weight` in each entry of datasets, and `mix_strategy: interleave`.",
     "packing": "Write sample_packing.",
     "flash_attention": "Write `attn_implementation: flash_attention_2`.",
     "sdp_attention": "Write `attn_implementation: sdpa`.",
@@ -106,6 +108,9 @@ ELSEWHERE: dict[str, str] = {
 # The same for values, each after its key.
 VALUES_ELSEWHERE: dict[str, str] = {
     "gradient_checkpointing: offload_disk": " Write offload.",
+    "mix_strategy: interleave_under": " Write interleave, and `mix_stopping: first_exhausted`.",
+    "mix_strategy: interleave_over": " Write interleave, and `mix_stopping: all_exhausted`.",
+    "mix_strategy: interleave_once": " Write concat, which has every row once.",
     **dict.fromkeys(
         (f"rl: {name}" for name in ("grpo", "gdpo", "ppo", "rloo", "reinforce", "online_dpo", "ebft")),
         " Methods that generate answers while they train are not here; these learn from answers that exist.",
@@ -150,7 +155,10 @@ def unknown_key(key: str, value: Any, model: type[BaseModel] | None = None, show
     for inner, (_, home) in _INNER.items():
         if inner is not model and (plain_name(key) if inner is FsdpConfig else key) in inner.model_fields:
             return f"{message} It belongs inside {home}."
-    return message + nearest(key, known)
+    if (found := nearest(key, known)) or model is not None:
+        return message + found
+    # A misspelt key of another tool: what is said of the right one.
+    return message + nearest(key, ELSEWHERE)
 
 
 def nearest(key: str, known: Iterable[str]) -> str:

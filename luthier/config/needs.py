@@ -134,6 +134,27 @@ NEEDS: tuple[Need, ...] = (
         "chat_template_kwargs does nothing without a dataset of `type: chat_template`: leave it out.",
     ),
     Need(
+        ("num_epochs",),
+        lambda c: not c["streaming"],
+        "{key}: the length of a stream is not known, and max_steps ends the run: leave {key} out.",
+    ),
+    Need(
+        ("shuffle_buffer_size",),
+        lambda c: c["streaming"],
+        "{key} is for streams, and other data is shuffled as a whole: write `streaming: true`, or leave {key} out.",
+    ),
+    Need(
+        ("mix_stopping",),
+        lambda c: c["mix_strategy"] != "concat",
+        "{key} does nothing where datasets are put together whole: write `mix_strategy: interleave`, or leave {key} "
+        "out.",
+    ),
+    Need(
+        ("mix_temperature",),
+        lambda c: c["mix_strategy"] == "temperature",
+        "{key} is for `mix_strategy: temperature`: write that, or leave {key} out.",
+    ),
+    Need(
         ("cosine_min_lr_ratio",),
         lambda c: str(c["lr_scheduler"]).startswith("cosine"),
         "cosine_min_lr_ratio goes with `lr_scheduler: cosine_with_min_lr` only: change one of the two.",
@@ -161,6 +182,11 @@ NEEDS: tuple[Need, ...] = (
     Need(
         ("wandb_entity", "wandb_name", "wandb_job_type", "wandb_mode", "wandb_tags"),
         lambda c: bool(c["wandb_project"]) or "wandb" in c["report_to"],
+        "{key} needs Weights & Biases: set wandb_project or `report_to: wandb`, or leave {key} out.",
+    ),
+    Need(
+        ("wandb_log_model",),
+        lambda c: c["wandb_log_model"] == "false" or bool(c["wandb_project"]) or "wandb" in c["report_to"],
         "{key} needs Weights & Biases: set wandb_project or `report_to: wandb`, or leave {key} out.",
     ),
 )

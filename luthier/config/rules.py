@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from luthier.config import adapters, preference, sharding
+from luthier.config import adapters, artifact_names, preference, sharding, streaming
 from luthier.config.needs import NEEDS, ONE_OF, Flat, asks_for_something, evaluates, has_samples
 from luthier.config.optimizers import ALIASES
 
@@ -35,11 +35,16 @@ def contradictions(c: Flat, written: Collection[str]) -> Iterator[Contradiction]
             yield Contradiction(second, f"{first} and {second} exclude each other: leave one of them out.")
     yield from _single_keys(c, written)
     yield from _optimizers(c, written)
+    yield from _mixing(c, written)
     for key, message in adapters.flaws(c, written):
         yield Contradiction(key, message)
     for key, message in preference.flaws(c, written):
         yield Contradiction(key, message)
     for key, message in sharding.flaws(c):
+        yield Contradiction(key, message)
+    for key, message in streaming.flaws(c, written):
+        yield Contradiction(key, message)
+    for key, message in artifact_names.flaws(c):
         yield Contradiction(key, message)
     yield from _patterns(c)
     yield from _rope(c)
@@ -139,6 +144,30 @@ def _optimizers(c: Flat, written: Collection[str]) -> Iterator[Contradiction]:
             yield Contradiction("lr_groups", f"lr_groups: {group['name']} names no modules.")
 
 
+def _mixing(c: Flat, written: Collection[str]) -> Iterator[Contradiction]:
+    counted = any("epochs" in entry and entry["epochs"] is not None for entry in c["datasets"])
+    if counted and c["max_steps"] is not None:
+        yield Contradiction(
+            "max_steps",
+            "`epochs` of a dataset says how often the whole run goes through it, and max_steps ends the run "
+            "somewhere else: leave out one of the two, or write `weight`.",
+        )
+    if counted and c["mix_strategy"] != "concat":
+        yield Contradiction(
+            "mix_strategy",
+            "`epochs` of a dataset says how often the run goes through it; where datasets are interleaved, that "
+            "follows from the parts of the mix: write `weight` there, or leave mix_strategy out.",
+        )
+    for number, entry in enumerate(c["test_datasets"]):
+        for key in ("weight", "epochs"):
+            if entry.get(key) is not None:
+                yield Contradiction(
+                    "test_datasets",
+                    f"test_datasets.{number}.{key} does nothing: validation goes through every row once. Leave it "
+                    "out.",
+                )
+
+
 # Keys of `rope_parameters` by type; transformers' names.
 _ROPE_KEYS: dict[str, set[str]] = {
     "linear": set(),
@@ -233,6 +262,10 @@ def derived(c: Flat, written: Collection[str]) -> dict[str, tuple[Any, str]]:
             values["learning_rate"] = (2e-5, "usual without an adapter")
     if c["loraplus_lr_ratio"] is not None and c["loraplus_lr_embedding"] is None:
         values["loraplus_lr_embedding"] = (1e-6, "as PEFT has it")
+    for key, value in artifact_names.completed(c).items():
+        values[key] = (value, "wandb_entity and wandb_project say whose artifact it is")
+    if c["mix_strategy"] == "temperature" and c["mix_temperature"] is None:
+        values["mix_temperature"] = (2.0, "a usual one")
     if c["optimizer"] in ALIASES:
         values["optimizer"] = (ALIASES[c["optimizer"]], f"{c['optimizer']} is another name of it")
     if c["gradient_checkpointing"] == "unsloth":
@@ -253,9 +286,10 @@ def derived(c: Flat, written: Collection[str]) -> dict[str, tuple[Any, str]]:
     if c["lr_scheduler"] == "cosine" and c["cosine_min_lr_ratio"] is not None:
         values["lr_scheduler"] = ("cosine_with_min_lr", "cosine_min_lr_ratio is set")
     if c["save_steps"] is None and c["saves_per_epoch"] is None:
-        values["saves_per_epoch"] = (1, "save_steps is unset")
+        values |= streaming.derived(c) or {"saves_per_epoch": (1, "save_steps is unset")}
     if evaluates(c) and c["eval_steps"] is None and c["evals_per_epoch"] is None:
-        values["evals_per_epoch"] = (1, "there is something to evaluate, and eval_steps is unset")
+        key, value, reason = streaming.evaluations(c)
+        values[key] = (value, reason)
     if not c["generate_samples"] and has_samples(c) and "generate_samples" not in written:
         source = "sample_prompts" if c["sample_prompts"] else "num_generation_samples"
         values["generate_samples"] = (True, f"{source} is set")

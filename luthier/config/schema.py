@@ -325,6 +325,8 @@ class LoggingConfig(Section):
     """Whether runs are sent at once, kept in files, or not logged at all."""
     wandb_tags: list[str] = []
     """Tags of the run."""
+    wandb_log_model: Literal[False, "false", "end", "checkpoint"] = False
+    """Upload the adapter or the model as an artifact of the run: at its end, or every checkpoint too."""
 
 
 class Sections(BaseModel):

@@ -21,14 +21,17 @@ import numpy.typing as npt
 from luthier.config import Config, DatasetEntry, UserPreference, UserPrompt
 from luthier.config.preference import unit_of
 from luthier.data.cache import Store, Writer, cache_folder, cache_key, open_store
+from luthier.data.duplicates import find_repeats, shared_text
 from luthier.data.formats import kind_of_entry
 from luthier.data.readers import Rows, open_rows
-from luthier.data.report import Balance, DataReport, SourceReport, length_histogram, merge_tallies
-from luthier.data.tokenise import Tokeniser, tokenise
+from luthier.data.report import Balance, DataReport, Repeats, SourceReport, length_histogram
+from luthier.data.tokenise import Chunk, Tokeniser, tokenise
 from luthier.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from luthier.data.stream.blocks import Streamed
 
 log = logging.getLogger("luthier")
 
@@ -116,6 +119,23 @@ class TokenDataset:
         starts = np.repeat(self._part_starts - (np.cumsum(self._parts) - self._parts), self._parts)
         return self._store.parts[starts + np.arange(len(starts))]
 
+    def chunk(self, indices: Sequence[int]) -> Chunk:
+        """A copy of these documents, as tokenising makes them."""
+        empty = np.zeros(0, np.int32)
+        chosen = [self[index] for index in indices]
+        documents = np.array(self._store.documents[self._indices[list(indices)]])
+        files, documents["file"] = np.unique(documents["file"], return_inverse=True)
+        parts = [length for each in chosen for length in each.lengths or (len(each.input_ids),)]
+        return Chunk(
+            np.concatenate([empty, *(each.input_ids for each in chosen)]),
+            np.concatenate([empty, *(each.labels for each in chosen)]),
+            documents,
+            np.array(parts, np.int64),
+            [self._store.files[file] for file in files],
+            rows=0,
+            columns=set(),
+        )
+
     def subset(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> TokenDataset:
         """These documents, in this order, without a copy of their tokens."""
         return TokenDataset(self._store, self._indices[np.asarray(indices, dtype=np.int64)])
@@ -130,10 +150,18 @@ class PreparedData:
     report: DataReport
     fingerprint: str
     """Hash of all that the data depends on; equal fingerprints mean equal documents in the same order."""
+    stream: Streamed | None = None
+    """Of a stream: what makes its blocks, and the first of them, whose documents `train` has."""
+
+    def forget(self) -> None:
+        """Let go of a stream's first block, which would be held as long as this is."""
+        with Writer(None) as nothing:
+            self.train, self.stream = TokenDataset(nothing.finish({})), None
 
 
 def prepare(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
-    """Tokenise the config's datasets, or find them in the cache. `report.log()` says what there is to say.
+    """Tokenise the config's datasets, or find them in the cache. `report.log()` says what there is to say. Of streams,
+    see `stream.prepare.prepare`.
 
     Raises DataError for rows that are bad (with their place), and for datasets of which nothing would be
     trained; ConfigError for entries that do not fit the data that they name.
@@ -153,17 +181,54 @@ def prepare(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreparedData:
         rows = sum(source.rows for source in sources)
         train, validation = split_off(train, rows, data.val_set_size, config.training.seed)
         test_key = f"{data.val_set_size} {config.training.seed}"
+    train, repeats = _without_repeats(train, validation, sources, config, tokenizer)
     report = DataReport(
         sources, test_sources, cached, time.perf_counter() - began, train_documents=len(train)
     )
     report.histogram = length_histogram(train.part_lengths if config.preference.rl else train.lengths)
     _say_preferences(report, train, config)
+    report.repeats = repeats
     report.duplicates = len(train) - len(np.unique(train.digests))
     if validation is not None:
         report.validation_documents = len(validation)
         report.overlap = int(np.isin(validation.digests, train.digests).sum())
-    fingerprint = hashlib.sha256(f"{key} {test_key}".encode()).hexdigest()
+    repeats_key = f"{data.dataset_exact_deduplication} {data.dataset_near_deduplication}"
+    fingerprint = hashlib.sha256(f"{key} {test_key} {repeats_key}".encode()).hexdigest()
     return PreparedData(train, validation, report, fingerprint)
+
+
+def _without_repeats(
+    train: TokenDataset,
+    validation: TokenDataset | None,
+    sources: Sequence[SourceReport],
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[TokenDataset, Repeats]:
+    """The training documents that `dataset_exact_deduplication` and `dataset_near_deduplication` leave."""
+    ends = np.cumsum([source.rows for source in sources])
+    data = config.data
+
+    def source_of(dataset: TokenDataset, index: int) -> str:
+        return sources[int(np.searchsorted(ends, dataset.rows[index], side="right"))].path
+
+    whole_prompts = data.train_on_inputs or any(entry.train_on_inputs for entry in data.datasets)
+    left, repeats = find_repeats(
+        train,
+        validation,
+        source_of,
+        exact=data.dataset_exact_deduplication,
+        threshold=data.dataset_near_deduplication,
+        whole_prompts=whole_prompts,
+    )
+    if not len(left):
+        raise DataError(
+            f"nothing is left to train on: all {len(train):,} training documents are in the validation data too. Name "
+            "other `test_datasets`, or a smaller `val_set_size`."
+        )
+    if validation is not None:
+        found = shared_text(left, validation, tokenizer, whole_prompts)
+        repeats.shared_text, repeats.run_length, repeats.looked_through = found
+    return left, repeats
 
 
 def _say_preferences(report: DataReport, train: TokenDataset, config: Config) -> None:
@@ -185,9 +250,16 @@ def split_off(dataset: TokenDataset, rows: int, size: float, seed: int) -> tuple
     ones of which anything was kept are held out. So another tokenizer or `sequence_len` holds out the same
     rows, but for those that it drops.
     """
+    held = held_rows(dataset.rows, rows, size, seed)
+    is_held = held[dataset.rows]
+    return dataset.subset(np.flatnonzero(~is_held)), dataset.subset(np.flatnonzero(is_held))
+
+
+def held_rows(present: npt.NDArray[np.int64], rows: int, size: float, seed: int) -> npt.NDArray[np.bool_]:
+    """Which of all `rows` are held out, where those in `present` were kept."""
     order = np.random.default_rng(seed).permutation(rows)
     kept = np.zeros(rows, dtype=bool)
-    kept[dataset.rows] = True
+    kept[present] = True
     order = order[kept[order]]
     count = max(1, round(size * len(order))) if size < 1 else int(size)
     if count >= len(order):
@@ -197,8 +269,7 @@ def split_off(dataset: TokenDataset, rows: int, size: float, seed: int) -> tuple
         )
     held = np.zeros(rows, dtype=bool)
     held[order[:count]] = True
-    is_held = held[dataset.rows]
-    return dataset.subset(np.flatnonzero(~is_held)), dataset.subset(np.flatnonzero(is_held))
+    return held
 
 
 # --- tokenising, or not -------------------------------------------------------------------------------------
@@ -246,29 +317,20 @@ def _tokenise_all(
         kind = kind_of_entry(entry, rl)
         if kind != "tokens":
             tokeniser.renderer.check(entry)
-        source = SourceReport(entry.path, _type_name(entry, rl), rows.fingerprint, unit=unit_of(rl))
-        unused: set[str] = set()
+        source = SourceReport(entry.path, name_of_type(entry, rl), rows.fingerprint, unit=unit_of(rl))
         for chunk in tokenise(tokeniser, entry, rows, first_number, config.data.dataset_processes):
             if kind == "tokens" and len(chunk.input_ids) and chunk.input_ids.max() >= vocabulary:
-                raise DataError(_beyond_vocabulary(chunk.input_ids, chunk.documents, chunk.files, vocabulary))
+                raise DataError(beyond_vocabulary(chunk.input_ids, chunk.documents, chunk.files, vocabulary))
             writer.add(chunk)
-            source.rows += chunk.rows
-            source.kept += len(chunk.documents)
-            source.tokens += len(chunk.input_ids)
-            source.trained_tokens += int(chunk.documents["trained"].sum())
-            longest = chunk.parts if kind == "preference" else chunk.documents["length"]
-            source.longest = max(source.longest, int(longest.max(initial=0)))
-            merge_tallies(source.dropped, chunk.dropped)
-            merge_tallies(source.notes, chunk.notes)
-            unused |= chunk.columns
-        source.unused_columns = sorted(unused)
+            source.count(chunk)
         first_number += source.rows
         _check_not_empty(source)
         sources.append(source)
     return writer.finish({"sources": [source.to_json() for source in sources]})
 
 
-def _type_name(entry: DatasetEntry, rl: str | None) -> str:
+def name_of_type(entry: DatasetEntry, rl: str | None) -> str:
+    """What reports call an entry's type."""
     if entry.type is None:
         return "tokens" if rl is None else "no type"
     if isinstance(entry.type, UserPreference):
@@ -290,9 +352,10 @@ def _check_not_empty(source: SourceReport) -> None:
     )
 
 
-def _beyond_vocabulary(
+def beyond_vocabulary(
     ids: npt.NDArray[np.int32], documents: npt.NDArray[np.void], files: list[str], vocabulary: int
 ) -> str:
+    """What there is to say of token ids that the tokenizer does not have."""
     at = int(np.argmax(ids >= vocabulary))
     document = documents[int(np.searchsorted(np.cumsum(documents["length"]), at, side="right"))]
     return (

@@ -81,10 +81,10 @@ def _read_json(path: Path) -> Iterator[NumberedRow]:
         # A first line that is no object begins an object that spans lines, unless the name promises
         # otherwise.
         promised = ".json" not in (suffix.lower() for suffix in path.suffixes)
-        if not opens_array and (promised or not isinstance(_object_of(line), DataError)):
+        if not opens_array and (promised or not isinstance(object_of(line), DataError)):
             for number, line in chain([first], lines):
                 if line.strip():
-                    yield number, _object_of(line)
+                    yield number, object_of(line)
             return
         text = b"".join([line, *(rest for _, rest in lines)])
     try:
@@ -132,7 +132,8 @@ def _read_json_text(path: Path, text: str, first_line: int) -> Iterator[Numbered
         raise broken(at, "there is more text behind the end of the array")
 
 
-def _object_of(line: bytes) -> Row | DataError:
+def object_of(line: bytes) -> Row | DataError:
+    """The row in a line of JSON."""
     try:
         return _row_of(json.loads(line.decode("utf-8")))
     except UnicodeDecodeError as error:
@@ -181,14 +182,13 @@ def _skip_space(text: str, at: int) -> int:
 def _read_csv(path: Path) -> Iterator[NumberedRow]:
     """CSV (or TSV) with a header. Every cell stays the text that it is; a number is the row's first line."""
     csv.field_size_limit(2**31 - 1)  # the module's own limit of 128 KiB is below what articles need
-    delimiter = "\t" if ".tsv" in (suffix.lower() for suffix in path.suffixes) else ","
     with _open_bytes(path) as file:
-        reader = csv.reader(_text_lines(file, path), delimiter=delimiter, strict=True)
+        reader = csv.reader(_text_lines(file, path), delimiter=delimiter_of(path), strict=True)
         try:
             header = next((cells for cells in reader if cells), None)
             if header is None:
                 return
-            _check_header(header, path, reader.line_num)
+            check_header(header, path, reader.line_num)
             while True:
                 line = reader.line_num + 1
                 cells = next(reader, None)
@@ -204,7 +204,12 @@ def _read_csv(path: Path) -> Iterator[NumberedRow]:
             raise DataError(f"{path}:{reader.line_num}: not valid CSV: {error}.") from error
 
 
-def _check_header(header: list[str], path: Path, line: int) -> None:
+def delimiter_of(path: Path) -> str:
+    return "\t" if ".tsv" in (suffix.lower() for suffix in path.suffixes) else ","
+
+
+def check_header(header: list[str], path: Path | str, line: int) -> None:
+    """Raises DataError where two columns have one name."""
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
         raise DataError(f"{path}:{line}: the header names a column twice: {', '.join(map(repr, twice))}.")
@@ -212,14 +217,19 @@ def _check_header(header: list[str], path: Path, line: int) -> None:
 
 def _text_lines(file: IO[bytes], path: Path) -> Iterator[str]:
     for number, line in _numbered_lines(file, path):
-        try:
-            yield line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            # A cell may span lines, so there is no telling where the next row begins.
-            raise DataError(
-                f"{path}:{number}: not valid UTF-8 ({error.reason} at byte {error.start + 1} of the line). "
-                "Save the file as UTF-8."
-            ) from error
+        yield utf8_line(line, path, number)
+
+
+def utf8_line(line: bytes, path: Path | str, number: int) -> str:
+    """A line of CSV as text."""
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        # A cell may span lines, so there is no telling where the next row begins.
+        raise DataError(
+            f"{path}:{number}: not valid UTF-8 ({error.reason} at byte {error.start + 1} of the line). "
+            "Save the file as UTF-8."
+        ) from error
 
 
 # --- bytes --------------------------------------------------------------------------------------------------
@@ -246,13 +256,17 @@ def _open_bytes(path: Path) -> Iterator[IO[bytes]]:
 def _numbered_lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, bytes]]:
     """Lines with their ends, split at b"\\n" only, without a byte order mark (which is said)."""
     for number, line in enumerate(file, start=1):
-        if number == 1:
-            if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                raise DataError(f"{path}: this is UTF-16 text. Save the file as UTF-8.")
-            if line.startswith(codecs.BOM_UTF8):
-                log.info("%s begins with a byte order mark, which is left out", path)
-                line = line[len(codecs.BOM_UTF8) :]
-        yield number, line
+        yield number, text_start(line, path) if number == 1 else line
+
+
+def text_start(line: bytes, path: Path | str) -> bytes:
+    """The first line of a text without a byte order mark."""
+    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError(f"{path}: this is UTF-16 text. Save the file as UTF-8.")
+    if line.startswith(codecs.BOM_UTF8):
+        log.info("%s begins with a byte order mark, which is left out", path)
+        return line[len(codecs.BOM_UTF8) :]
+    return line
 
 
 # --- columnar files -----------------------------------------------------------------------------------------

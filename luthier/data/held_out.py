@@ -7,9 +7,9 @@ validation, so that a figure over them continues those of the run's log.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from luthier.config import Config, DatasetEntry
 from luthier.data.dataset import TokenDataset, documents_of, split_off
+from luthier.data.mixed import names_of
 from luthier.data.readers import open_rows
 from luthier.data.report import SourceReport
 from luthier.data.values import fields_of, type_name
@@ -44,10 +45,7 @@ class HeldOut:
 
     def names(self) -> list[str]:
         """What to call each dataset: its file's name, or its whole path where two are called the same."""
-        short = [Path(entry.path).name or entry.path for entry in self.entries]
-        if len(set(short)) == len(short):
-            return short
-        return [f"{entry.path} ({number})" for number, entry in enumerate(self.entries, start=1)]
+        return names_of(self.entries)
 
     def datasets_of(self, rows: npt.NDArray[np.int64]) -> list[str]:
         """The name of the dataset that each of these rows is from."""
@@ -65,7 +63,7 @@ class HeldOut:
         found: dict[int, dict[str, str]] = {}
         first = 0
         for entry, source in zip(self.entries, self.sources, strict=True):
-            for number, (location, row) in enumerate(open_rows(entry).scan(), start=first):
+            for number, (location, row) in enumerate(islice(_scan(entry), source.rows), start=first):
                 if number in wanted and not isinstance(row, DataError):
                     found[number] = {name: _group(row, name, location) for name in names}
             first += source.rows
@@ -85,6 +83,29 @@ def _group(row: dict[str, Any], name: str, location: str) -> str:
     )
 
 
+def _scan(entry: DatasetEntry) -> Iterator[tuple[str, Any]]:
+    """Rows from the first on, wherever they are."""
+    from luthier.data.stream.addresses import is_address
+    from luthier.data.stream.sources import open_source
+
+    return iter(open_source(entry).begin(None)) if is_address(entry.path) else open_rows(entry).scan()
+
+
+def _held_out_of_stream(config: Config, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
+    """The first rows of a stream's datasets, if the config holds them out."""
+    from luthier.data.stream.prepare import hold_out
+    from luthier.data.stream.sources import open_source
+
+    data = config.data
+    if not data.val_set_size:
+        raise DataError(
+            "the config streams its datasets and holds nothing of them out: name rows to measure on (--data, "
+            "test_datasets, or val_set_size as a number of rows)"
+        )
+    documents, sources, _ = hold_out(config, tokenizer, [open_source(entry) for entry in data.datasets])
+    return HeldOut(documents, data.datasets, sources, "val_set_size")
+
+
 def held_out(config: Config, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
     """A config's `test_datasets`, else the rows that its `val_set_size` holds out, else all rows of its `datasets`.
     What is left out of them is logged.
@@ -94,6 +115,8 @@ def held_out(config: Config, tokenizer: PreTrainedTokenizerBase) -> HeldOut:
     """
     data = config.data
     entries = data.test_datasets or data.datasets
+    if data.streaming and not data.test_datasets:
+        return _held_out_of_stream(config, tokenizer)
     store, _, _ = documents_of(entries, config, tokenizer)
     documents = TokenDataset(store)
     sources = [SourceReport.from_json(source) for source in store.meta["sources"]]

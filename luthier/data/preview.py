@@ -92,12 +92,15 @@ def _check_model_type(config: Config) -> None:
 
 def _prepare(config: Config) -> tuple[PreparedData, PreTrainedTokenizerBase]:
     # Imported here, so that a mistake in the config is said before transformers is loaded.
-    from luthier.data.dataset import prepare
+    from luthier.data.mixed import mix_of_run
+    from luthier.data.stream.prepare import prepare
     from luthier.data.tokenizer import load_tokenizer
 
     _check_model_type(config)
     tokenizer = load_tokenizer(config)
-    return prepare(config, tokenizer), tokenizer
+    prepared = prepare(config, tokenizer)
+    prepared.report.mix = mix_of_run(config, prepared)
+    return prepared, tokenizer
 
 
 # --- documents ----------------------------------------------------------------------------------------------

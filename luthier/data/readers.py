@@ -22,6 +22,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from luthier.artifacts.source import local_dataset
 from luthier.config.datasets import DatasetEntry
 from luthier.data.files import KINDS, Row, kind_of, read_file, without_nulls
 from luthier.data.hub import notice_missing_network
@@ -55,6 +56,8 @@ class Rows:
     hashed: Callable[[], str]
     start: int = 0
     stop: int | None = None
+    files: tuple[tuple[Path, str], ...] = ()
+    """The files here that they are in, each with its kind; none of a hub dataset."""
 
     @property
     def fingerprint(self) -> str:
@@ -82,14 +85,15 @@ class Rows:
             self.hashed,
             self.start,
             stop if self.stop is None else min(stop, self.stop),
+            self.files,
         )
 
 
 def open_rows(entry: DatasetEntry) -> Rows:
     """Find an entry's data. Raises DataError if there is none, or ConfigError if the entry contradicts
     itself."""
-    path, count = _without_count(entry.path)
-    split, start, stop = _parse_split(entry.split)
+    path, count = without_count(local_dataset(entry.path))
+    split, start, stop = parse_split(entry.split)
     local, is_hub = Path(path).expanduser(), False
     if path in ("json", "csv", "parquet", "arrow") and entry.data_files and not local.exists():
         # Named by the loader of `datasets` that reads it: the files alone say where the data is.
@@ -101,8 +105,12 @@ def open_rows(entry: DatasetEntry) -> Rows:
         if entry.data_files:
             raise ConfigError(f"datasets: `data_files` names files in a folder, but {path} is a file.")
         rows = _rows_of_files(entry, _matches(Path(), path, f"path: {path}"))
-    elif _looks_like_a_hub_id(path):
+    elif looks_like_a_hub_id(path):
         rows, start, stop, is_hub = _rows_of_hub(entry, path), 0, None, True
+    elif "://" in path:
+        raise ConfigError(
+            f"datasets: path: {path} is an address, whose rows are read as they are needed: write `streaming: true`."
+        )
     else:
         raise DataError(_missing_file(local))
     if not is_hub and (entry.name or entry.revision):
@@ -110,11 +118,12 @@ def open_rows(entry: DatasetEntry) -> Rows:
         raise ConfigError(
             f"datasets: {key}: {getattr(entry, key)}: only a hub dataset has one, and {path} is local."
         )
-    rows = Rows(entry.path, rows.source, rows.hashed, start, stop)
+    rows = Rows(entry.path, rows.source, rows.hashed, start, stop, rows.files)
     return rows if count is None else rows.take(count)
 
 
-def _without_count(path: str) -> tuple[str, int | None]:
+def without_count(path: str) -> tuple[str, int | None]:
+    """`rows.jsonl#1000` -> ("rows.jsonl", 1000)."""
     match = re.fullmatch(r"(.+)#(\d+)", path)
     if match is None or Path(path).expanduser().exists():
         return path, None
@@ -125,7 +134,7 @@ def _without_count(path: str) -> tuple[str, int | None]:
     return match[1], int(match[2])
 
 
-def _parse_split(split: str | None) -> tuple[str, int, int | None]:
+def parse_split(split: str | None) -> tuple[str, int, int | None]:
     """`test[10:20]` -> ("test", 10, 20). A hub dataset's split is parsed by `datasets`, which knows more
     forms."""
     match = _SPLIT.fullmatch(split or "train")
@@ -160,7 +169,8 @@ def _rows_of_files(entry: DatasetEntry, paths: list[Path], kind: str | None = No
             for number, row in read_file(path, known):
                 yield f"{path}:{number}", row
 
-    return Rows(entry.path, source, lambda: _hash_files(paths))
+    files = tuple((path, str(known)) for path, known in zip(paths, kinds, strict=True))
+    return Rows(entry.path, source, lambda: _hash_files(paths), files=files)
 
 
 def _hash_files(paths: list[Path]) -> str:
@@ -292,7 +302,7 @@ def _missing_file(path: Path) -> str:
 # --- the hub ------------------------------------------------------------------------------------------------
 
 
-def _looks_like_a_hub_id(path: str) -> bool:
+def looks_like_a_hub_id(path: str) -> bool:
     return bool(_HUB_ID.fullmatch(path)) and not path.startswith(".") and kind_of(Path(path)) is None
 
 

@@ -9,10 +9,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from luthier.data.mixed import MixReport
+    from luthier.data.tokenise import Chunk
 
 log = logging.getLogger("luthier")
 
@@ -84,6 +88,18 @@ class SourceReport:
     notes: Tallies = field(default_factory=dict)
     unused_columns: list[str] = field(default_factory=list)
 
+    def count(self, chunk: Chunk) -> None:
+        """Add what became of a chunk's rows."""
+        self.rows += chunk.rows
+        self.kept += len(chunk.documents)
+        self.tokens += len(chunk.input_ids)
+        self.trained_tokens += int(chunk.documents["trained"].sum())
+        longest = chunk.documents["length"] if self.unit == "documents" else chunk.parts
+        self.longest = max(self.longest, int(longest.max(initial=0)))
+        merge_tallies(self.dropped, chunk.dropped)
+        merge_tallies(self.notes, chunk.notes)
+        self.unused_columns = sorted({*self.unused_columns, *chunk.columns})
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -148,6 +164,65 @@ class Balance:
 
 
 @dataclass(slots=True)
+class Repeats:
+    """Documents of the training data that are there before, or in the validation data too, and whether they were left
+    out (`data.duplicates`). Details of the tallies say which document each is the same as, or near to."""
+
+    removed: bool
+    threshold: float | None = None
+    """Jaccard similarity from which documents are near; None: only equal ones were looked for."""
+    exact: Tally = field(default_factory=Tally)
+    near: Tally = field(default_factory=Tally)
+    contaminating: Tally = field(default_factory=Tally)
+    """Equal to a validation document."""
+    near_contaminating: Tally = field(default_factory=Tally)
+    in_validation: int = 0
+    """Validation documents that are there before; they stay."""
+    unsure: int = 0
+    """Documents that stayed, and had more likely twins than they were compared with."""
+    between: list[tuple[str, str, int]] = field(default_factory=list)
+    """(dataset of the repeat, dataset of what it repeats, how many)."""
+    shared_text: int = 0
+    """Validation documents that have a long run of tokens in common with training documents that are left."""
+    run_length: int = 0
+    looked_through: float = 0.0
+    """Share of the training tokens that was searched for such runs."""
+
+    def lines(self, unit: str, validation: int, sources: int) -> Iterable[tuple[int, str]]:
+        """Log level and text of each thing to say."""
+        near = f"nearly (Jaccard {self.threshold:g})" if self.threshold is not None else ""
+        for tally, where in (
+            (self.contaminating, "in the validation data, token for token"),
+            (self.near_contaminating, f"in the validation data, {near}"),
+            (self.exact, "repeats of others"),
+            (self.near, f"repeats of others, {near}"),
+        ):
+            if tally.count and self.removed:
+                yield logging.INFO, f"{tally.count:,} training {unit} left out, which are {where}; {tally.where()}"
+        if self.between and sources > 1:
+            pairs = "; ".join(
+                f"{count:,} of {one} in {'itself' if one == other else other}" for one, other, count in self.between
+            )
+            yield logging.INFO, f"repeats by dataset: {pairs}"
+        if self.unsure:
+            yield (
+                logging.WARNING,
+                f"{self.unsure:,} training {unit} may be repeats all the same: they have more likely twins "
+                "than each is compared with",
+            )
+        if self.in_validation:
+            yield logging.INFO, f"{self.in_validation:,} validation {unit} are repeats of others there, and stay"
+        if self.shared_text:
+            whole = self.looked_through > 0.995
+            searched = "" if whole else f" (in {self.looked_through:.0%} of them, drawn at random)"
+            yield (
+                logging.INFO,
+                f"{self.shared_text:,} of {validation:,} validation {unit} have {self.run_length} tokens in a "
+                f"row (about 13 words) in common with training {unit}{searched}: `luthier inspect data` shows them",
+            )
+
+
+@dataclass(slots=True)
 class DataReport:
     """The whole of a run's data. Counts of rows and drops are over `datasets`, before validation is split
     off."""
@@ -171,8 +246,14 @@ class DataReport:
     """Tokens of the training data's pairs, each answer with its prompt."""
     prompt_tokens: int = 0
     """Tokens of the prompts of those pairs, counted once for both answers."""
+    stream: str = ""
+    """Of a stream: what is known of it, and which rows the rest of this is about."""
     balance: Balance | None = None
     """Labels of the training data, where answers are desirable or not."""
+    mix: MixReport | None = None
+    """What the run's steps hold of each dataset; known once there are steps."""
+    repeats: Repeats | None = None
+    """What repeats, and what of it was left out. `duplicates` and `overlap` are what is left of both."""
 
     @property
     def rows(self) -> int:
@@ -215,7 +296,8 @@ class DataReport:
         return asdict(self)
 
     def _levels_and_lines(self) -> list[tuple[int, str]]:
-        lines = [line for source in [*self.sources, *self.test_sources] for line in source.lines()]
+        lines = [(logging.INFO, self.stream)] if self.stream else []
+        lines += [line for source in [*self.sources, *self.test_sources] for line in source.lines()]
         parts = f"{self.train_documents:,} {self.unit} to train on"
         if self.validation_documents:
             parts += f", {self.validation_documents:,} for validation"
@@ -239,9 +321,14 @@ class DataReport:
                 (
                     logging.WARNING,
                     f"{self.overlap:,} of {self.validation_documents:,} validation {self.unit} are in the "
-                    "training data too, token for token: the validation loss is too good by that",
+                    "training data too, token for token: the validation loss is too good by that. "
+                    "`dataset_exact_deduplication: true` leaves them out of the training data",
                 )
             )
+        if self.repeats is not None:
+            lines += self.repeats.lines(self.unit, self.validation_documents, len(self.sources))
+        if self.mix is not None:
+            lines += self.mix.lines()
         return lines
 
 

@@ -15,6 +15,8 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
+import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 CHUNK = 1000  # rows; enough for the tokenizer's threads, little enough to hold a few of them in memory
+_WATCH_SECONDS = 2.0  # between two looks of a process at whether its parent is there
 _SERIAL_CHUNKS = 2  # below this many, starting processes costs more than they gain
 
 ReadRow = tuple[int, str, Row | DataError]
@@ -323,7 +326,7 @@ def tokenise(
     """Chunks of an entry, in the order of its rows. `processes` None: as many as pay."""
     numbered = ((first_number + i, location, row) for i, (location, row) in enumerate(rows.scan()))
     chunks = iter(lambda: list(itertools.islice(numbered, CHUNK)), [])
-    count = _processes(tokeniser, entry) if processes is None else processes
+    count = processes_that_pay(tokeniser, entry) if processes is None else processes
     if count > 1 and processes is None:
         ahead = list(itertools.islice(chunks, _SERIAL_CHUNKS + 1))
         if len(ahead) <= _SERIAL_CHUNKS:
@@ -336,7 +339,8 @@ def tokenise(
             yield tokeniser.chunk(entry, chunk)
 
 
-def _processes(tokeniser: Tokeniser, entry: DatasetEntry) -> int:
+def processes_that_pay(tokeniser: Tokeniser, entry: DatasetEntry) -> int:
+    """How many processes an entry is tokenised in, if nobody says."""
     kind = kind_of_entry(entry, tokeniser.config.preference.rl)
     in_rust = getattr(tokeniser.renderer.tokenizer, "is_fast", False)
     if kind == "preference":
@@ -353,11 +357,39 @@ def _start_worker(tokeniser: Tokeniser) -> None:
     global _tokeniser
     _tokeniser = tokeniser
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends the pool
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     # Each worker would warn of its own first case; the report counts all of them.
     logging.getLogger("luthier").setLevel(logging.ERROR)
 
 
-def _work(entry: DatasetEntry, rows: list[ReadRow]) -> Chunk:
+def _end_with_parent(parent: int) -> None:
+    """A parent that was killed ends no pool: its processes would wait for work for ever."""
+    while os.getppid() == parent:
+        time.sleep(_WATCH_SECONDS)
+    os._exit(1)
+
+
+def pool_of(tokeniser: Tokeniser, count: int) -> ProcessPoolExecutor:
+    """Processes for `work`, started before this returns where they are forked: the caller's threads come later."""
+    # Forked workers share the loaded tokenizer and start at once; a tokenizer's threads do not survive a
+    # fork, so it must not look for them in there.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        pool = ProcessPoolExecutor(count, context, _start_worker, (tokeniser,))
+        pool.submit(os.getpid)
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+    return pool
+
+
+def work(entry: DatasetEntry, rows: list[ReadRow]) -> Chunk:
+    """`Tokeniser.chunk` in a process of `pool_of`."""
     assert _tokeniser is not None
     return _tokeniser.chunk(entry, rows)
 
@@ -367,16 +399,11 @@ def _in_processes(
 ) -> Iterator[Chunk]:
     """Chunks from a pool, in order, with at most two per process under way, so that rows are not read far
     ahead."""
-    # Forked workers share the loaded tokenizer and start at once; a tokenizer's threads do not survive a
-    # fork, so it must not look for them in there.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    pool = ProcessPoolExecutor(count, context, _start_worker, (tokeniser,))
+    pool = pool_of(tokeniser, count)
     waiting: deque[Future[Chunk]] = deque()
     try:
         for chunk in chunks:
-            waiting.append(pool.submit(_work, entry, chunk))
+            waiting.append(pool.submit(work, entry, chunk))
             if len(waiting) >= 2 * count:
                 yield waiting.popleft().result()
         while waiting:
@@ -388,7 +415,3 @@ def _in_processes(
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-        if before is None:
-            del os.environ["TOKENIZERS_PARALLELISM"]
-        else:
-            os.environ["TOKENIZERS_PARALLELISM"] = before

@@ -10,6 +10,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.artifacts.source import local
 from luthier.config import Config, DatasetEntry
 from luthier.data import templates
 from luthier.data.chat import ChatTemplate
@@ -100,7 +101,7 @@ def _load(config: Config) -> PreTrainedTokenizerBase:
     import transformers
 
     model = config.model
-    source = model.tokenizer_config or model.base_model
+    source = local(model.tokenizer_config or model.base_model)
     loader = getattr(transformers, model.tokenizer_type, None)
     if loader is None:
         raise ConfigError(

@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from luthier.data.batches import Batch
 from luthier.data.dataset import TokenDataset
-from luthier.data.loader import Batch, StepLoader
+from luthier.data.loader import StepLoader
 from luthier.errors import RunError
 from luthier.evaluate.figures import RowFigures
 from luthier.evaluate.intervals import Floats, bootstrap

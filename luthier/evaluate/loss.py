@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import nn
 
+from luthier.data.batches import Batch, make_batch, spare
 from luthier.data.dataset import TokenDataset
-from luthier.data.loader import Batch, make_batch, spare
 from luthier.data.packing import cut_into_passes, split_evenly
 from luthier.data.tree import Sharing
 

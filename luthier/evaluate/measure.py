@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from luthier.data.batches import Batch, make_batch
 from luthier.data.dataset import TokenDataset
-from luthier.data.loader import Batch, make_batch
 from luthier.data.packing import best_fit, cut_into_passes
 from luthier.errors import RunError
 from luthier.models.memory import PROBE_TOKENS, Budget, choose_budget, free_unused, is_out_of_memory

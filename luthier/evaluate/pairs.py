@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 
 from luthier.config.preference import REFERENCE_FREE
+from luthier.data.batches import Batch
 from luthier.data.dataset import TokenDataset
-from luthier.data.loader import Batch
 from luthier.evaluate.figures import RowFigures
 from luthier.evaluate.intervals import Floats
 from luthier.evaluate.measure import in_passes, warn_of_infinite

@@ -1,4 +1,4 @@
-"""Line charts and histograms as inline SVG, drawn for reading at any width.
+"""Line charts, dots and histograms as inline SVG, drawn for reading at any width.
 
 The drawing is stretched to the room that there is, with strokes that keep their width; words and numbers are HTML
 beside it, so that they stay as large as the rest of the page. A curve of many points is thinned to bins of steps:
@@ -45,12 +45,19 @@ def percent(value: float) -> str:
 
 @dataclass(frozen=True)
 class Series:
-    """One curve. `colour`: a class of the style sheet. `dots`: mark each point, which is then named when hovered."""
+    """One curve. `colour`: a class of the style sheet. `dots`: mark each point, which is then named when hovered.
+
+    `line`: join the points. `names`: what a point is called when hovered, in place of where it is. `spans`: (x, lowest,
+    highest) of what is drawn as bars through a point.
+    """
 
     name: str
     points: Points
     colour: str
     dots: bool = False
+    line: bool = True
+    names: Sequence[str] = ()
+    spans: Sequence[tuple[float, float, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,11 @@ class Mark:
 
 @dataclass
 class Chart:
-    """What a chart shows. `form`: numbers of the axis. `about`: for who cannot see it; made up if empty."""
+    """What a chart shows. `form`: numbers of the axis. `about`: for who cannot see it; made up if empty.
+
+    `x`: what goes from left to right. `x_log`: its scale, as `log`. `x_ticks`: the numbers beneath it; round ones if
+    empty. `legend`: (colour, name) in place of the series' own. `labels`: (x, y, words beside that point).
+    """
 
     title: str
     series: Sequence[Series]
@@ -73,6 +84,11 @@ class Chart:
     from_zero: bool = False
     about: str = ""
     note: str = ""
+    x: str = "step"
+    x_log: bool | None = False
+    x_ticks: Sequence[float] = ()
+    legend: Sequence[tuple[str, str]] = ()
+    labels: Sequence[tuple[float, float, str]] = ()
 
 
 def thinned(points: Points, most: int = MOST_POINTS) -> tuple[Points, list[tuple[float, float, float]]]:
@@ -97,7 +113,8 @@ def thinned(points: Points, most: int = MOST_POINTS) -> tuple[Points, list[tuple
 def line_chart(chart: Chart) -> Markup:
     """A figure with a legend, or nothing if there is nothing to draw."""
     series = [each for each in chart.series if each.points]
-    if not any(len(each.points) > 1 for each in series):
+    joined = [each for each in series if each.line]
+    if not any(len(each.points) > 1 for each in series) and (joined or len(series) < 2):
         return Markup("")
     few = len(series) <= FEW
     most = MOST_POINTS if few else max(40, FEW * MOST_POINTS // len(series))
@@ -106,10 +123,9 @@ def line_chart(chart: Chart) -> Markup:
         line, band = thinned(each.points, most)
         drawn.append((each, line, band if few else []))  # many bands hide each other
     values = [value for _, line, band in drawn for value in [y for _, y in line] + [y for b in band for y in b[1:]]]
-    last = max(step for each in series for step, _ in each.points)
-    first = min(step for each in series for step, _ in each.points)
-    y_axis = _Axis.over(values, log=chart.log, from_zero=chart.from_zero)
-    x_axis = _Axis(first, last if last > first else first + 1, ticks=_ticks(first, last, 5))
+    values += [value for each in series for _, *ends in each.spans for value in ends]
+    y_axis = Axis.over(values, log=chart.log, from_zero=chart.from_zero)
+    x_axis = Axis.along([x for each in series for x, _ in each.points], chart)
     inside: list[Markup] = []
     for tick in y_axis.ticks:
         y = _unit(1 - y_axis.at(tick))
@@ -117,17 +133,18 @@ def line_chart(chart: Chart) -> Markup:
     for mark in chart.marks:
         inside.append(Markup('<path class="mark" d="M{0} 0V{1}"/>').format(_unit(x_axis.at(mark.step)), _SIZE))
     for each, line, band in drawn:
-        inside += _curve(each, line, band, x_axis, y_axis)
+        inside += _curve(each, line, band, x_axis, y_axis, chart.x)
     about = chart.about or _about(chart, series)
     log = Markup("<span class=scale>(log scale)</span>") if y_axis.log else ""
     return Markup(
-        '<figure class="chart"><figcaption><b>{title}</b>{log} {legend}</figcaption><div class="frame">'
+        '<figure class="chart{kind}"><figcaption><b>{title}</b>{log} {legend}</figcaption><div class="frame">'
         '<svg viewBox="0 0 {size} {size}" preserveAspectRatio="none" role="img" aria-label="{about}">{inside}</svg>'
         "{labels}</div>{note}</figure>"
     ).format(
+        kind="" if chart.x == "step" else " xy",
         title=chart.title,
         log=log,
-        legend=_legend(series, chart.marks) if len(chart.series) > 1 or chart.marks else "",
+        legend=_legend(chart, series),
         size=_SIZE,
         about=about,
         inside=Markup("").join(inside),
@@ -142,7 +159,7 @@ def histogram(bins: Sequence[tuple[float, float, float]], title: str, unit: str)
     most = max((count for *_, count in bins), default=0)
     if len(bins) < 2 or not most:
         return Markup("")
-    axis = _Axis(0.0, most, ticks=[tick for tick in _ticks(0, most, 3) if tick <= most])
+    axis = Axis(0.0, most, ticks=[tick for tick in _ticks(0, most, 3) if tick <= most])
     width = _SIZE / len(bins)
     inside = [
         Markup('<path class="grid" d="M0 {0}H{1}"/>').format(_unit(1 - axis.at(tick)), _SIZE) for tick in axis.ticks
@@ -182,14 +199,14 @@ def histogram(bins: Sequence[tuple[float, float, float]], title: str, unit: str)
 
 
 @dataclass(frozen=True)
-class _Axis:
+class Axis:
     low: float
     high: float
     ticks: Sequence[float]
     log: bool = False
 
     @classmethod
-    def over(cls, values: Sequence[float], *, log: bool | None, from_zero: bool) -> _Axis:
+    def over(cls, values: Sequence[float], *, log: bool | None, from_zero: bool) -> Axis:
         """An axis that holds all values. `log`: None to let their ratio decide."""
         low, high = min(values), max(values)
         if log is None:
@@ -205,6 +222,22 @@ class _Axis:
         step = _step(low, high, 4)
         first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
         return cls(first * step, last * step, [place * step for place in range(first, last + 1)])
+
+    @classmethod
+    def along(cls, values: Sequence[float], chart: Chart) -> Axis:
+        """The axis from left to right: it begins and ends with what is there."""
+        first, last = min(values), max(values)
+        last = last if last > first else first + 1
+        log = first > 0 and last / first >= _WIDE if chart.x_log is None else chart.x_log
+        if log:
+            tens = _log_ticks(first, last)
+            ticks = [tick for tick in tens if first <= tick <= last]
+            if len(ticks) < 3:
+                ticks = [tick * factor for tick in tens for factor in (1, 2, 5) if first <= tick * factor <= last]
+            return cls(first, last, chart.x_ticks or ticks, True)
+        if chart.x_ticks or chart.x == "step":
+            return cls(first, last, chart.x_ticks or _ticks(first, last, 5))
+        return cls.over([first, last], log=False, from_zero=False)
 
     def at(self, value: float) -> float:
         """From 0 to 1 along the axis."""
@@ -237,7 +270,12 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def _curve(
-    series: Series, line: Points, band: list[tuple[float, float, float]], x_axis: _Axis, y_axis: _Axis
+    series: Series,
+    line: Points,
+    band: list[tuple[float, float, float]],
+    x_axis: Axis,
+    y_axis: Axis,
+    x_name: str,
 ) -> list[Markup]:
     def place(step: float, value: float) -> str:
         return f"{_unit(x_axis.at(step))} {_unit(1 - y_axis.at(value))}"
@@ -249,20 +287,26 @@ def _curve(
         found.append(
             Markup('<path class="band {}" d="M{}Z"/>').format(series.colour, "L".join([*there, *back]))
         )
-    path = "L".join(place(step, value) for step, value in line)
-    found.append(Markup('<path class="line {}" d="M{}"/>').format(series.colour, path))
-    if series.dots and len(line) <= 60:
+    for x, low, high in series.spans:
+        ends = f"{place(x, low)}L{place(x, high)}"
+        found.append(Markup('<path class="line {}" d="M{}"/>').format(series.colour, ends))
+    if series.line:
+        path = "L".join(place(step, value) for step, value in line)
+        found.append(Markup('<path class="line {}" d="M{}"/>').format(series.colour, path))
+    if series.dots and (len(line) <= 60 or not series.line):
+        form = ",.0f" if x_name == "step" else ".6g"
+        names = series.names or [f"{series.name}, {x_name} {step:{form}}: {value:.5g}" for step, value in line]
         found += [
             # A stroke without length and with round ends is a dot, however the drawing is stretched.
             Markup('<path class="dot {}" d="M{}h0"><title>{}</title></path>').format(
-                series.colour, place(step, value), f"{series.name}, step {step:,.0f}: {value:.5g}"
+                series.colour, place(step, value), name
             )
-            for step, value in line
+            for (step, value), name in zip(line, names, strict=False)
         ]
     return found
 
 
-def _labels(chart: Chart, x_axis: _Axis, y_axis: _Axis) -> Markup:
+def _labels(chart: Chart, x_axis: Axis, y_axis: Axis) -> Markup:
     spans = [
         Markup('<span class="y" style="top:{}%" aria-hidden="true">{}</span>').format(
             f"{100 * (1 - y_axis.at(tick)):.2f}", chart.form(tick)
@@ -275,20 +319,31 @@ def _labels(chart: Chart, x_axis: _Axis, y_axis: _Axis) -> Markup:
         )
         for tick in x_axis.ticks
     ]
-    spans.append(Markup('<span class="under" aria-hidden="true">step</span>'))
+    spans.append(Markup('<span class="under" aria-hidden="true">{}</span>').format(chart.x))
+    for x, y, text in chart.labels:
+        share = x_axis.at(x)
+        side = f"right:{100 * (1 - share):.2f}%" if share > 0.5 else f"left:{100 * share:.2f}%"
+        spans.append(
+            Markup('<span class="label" style="{};top:{}%" aria-hidden="true">{}</span>').format(
+                side, f"{100 * (1 - y_axis.at(y)):.2f}", text
+            )
+        )
     return Markup("").join(spans)
 
 
-def _legend(series: Sequence[Series], marks: Sequence[Mark]) -> Markup:
-    keys = [Markup('<span class="key {}">{}</span>').format(each.colour, each.name) for each in series]
-    keys += [Markup('<span class="key mark">{}</span>').format(mark.text) for mark in marks]
+def _legend(chart: Chart, series: Sequence[Series]) -> Markup:
+    if len(chart.series) < 2 and not chart.marks and not chart.legend:
+        return Markup("")
+    names = chart.legend or [(each.colour, each.name) for each in series if each.name]
+    keys = [Markup('<span class="key {}">{}</span>').format(colour, name) for colour, name in names]
+    keys += [Markup('<span class="key mark">{}</span>').format(mark.text) for mark in chart.marks]
     return Markup(" ").join(keys)
 
 
 def _about(chart: Chart, series: Sequence[Series]) -> str:
     parts = [
-        f"{each.name} from {each.points[0][1]:.4g} at step {each.points[0][0]:,.0f} to {each.points[-1][1]:.4g} at "
-        f"step {each.points[-1][0]:,.0f}, between {min(y for _, y in each.points):.4g} and "
+        f"{each.name} from {each.points[0][1]:.4g} at {chart.x} {each.points[0][0]:,.0f} to {each.points[-1][1]:.4g} "
+        f"at {chart.x} {each.points[-1][0]:,.0f}, between {min(y for _, y in each.points):.4g} and "
         f"{max(y for _, y in each.points):.4g}"
         for each in series
     ]

@@ -28,6 +28,30 @@ def data_sources(run: Run) -> Table | None:
     return Table(head, rows, numeric=frozenset(range(3, 9))) if rows else None
 
 
+def data_mix(run: Run) -> Table | None:
+    """What the steps had of each dataset: those that were done, or of a run that goes on still, those that it will."""
+    mix = run.summary.get("mix") or run.data.get("mix")
+    if not isinstance(mix, dict) or not mix.get("sources"):
+        return None
+    rows = [
+        [
+            str(source.get("name", "")),
+            *(_count(source.get(key)) for key in ("documents", "an_epoch", "examples")),
+            _share(source.get("share")),
+            _count(source.get("trained_tokens")),
+            _share(source.get("trained_share")),
+            f"{source.get('epochs', 0):.3g}",
+            _count(source.get("unseen")),
+        ]
+        for source in mix["sources"]
+    ]
+    unit = str(mix.get("unit", "documents"))
+    head = ("data", unit, "an epoch", "in all steps", "share", "trained tokens", "share", "epochs", "never seen")
+    how = str(mix.get("how", ""))
+    caption = f"{how[:1].upper()}{how[1:]}; in {_count(mix.get('steps'))} steps"
+    return Table(head, rows, caption, frozenset(range(1, 9)))
+
+
 def data_drops(run: Run) -> Table | None:
     """What was left out or changed, why, how often, and where first."""
     rows = []
@@ -57,6 +81,7 @@ def data_facts(run: Run) -> list[str]:
         facts.append(
             f"{data['overlap']:,} of the held-out {unit} are in the training data too: eval loss is too good by that."
         )
+    facts += _repeats(data.get("repeats"), unit)
     balance = data.get("balance")
     if isinstance(balance, dict):
         facts.append(
@@ -66,6 +91,30 @@ def data_facts(run: Run) -> list[str]:
     unused = {c for source in data.get("sources") or [] for c in source.get("unused_columns") or []}
     if unused:
         facts.append(f"Columns that were not read: {', '.join(sorted(unused))}.")
+    return facts
+
+
+def _repeats(repeats: Any, unit: str) -> list[str]:
+    """What was left out since it repeats, and what text the held-out data shares with the training data."""
+    if not isinstance(repeats, dict):
+        return []
+    near = f", nearly (Jaccard {repeats['threshold']:g})" if repeats.get("threshold") is not None else ""
+    facts = []
+    for name, what in (
+        ("contaminating", "held-out ones, token for token"),
+        ("near_contaminating", f"held-out ones{near}"),
+        ("exact", "others"),
+        ("near", f"others{near}"),
+    ):
+        tally = repeats.get(name) or {}
+        if repeats.get("removed") and tally.get("count"):
+            first = ", ".join(f"{_place(place)} ({detail})" for place, detail in tally.get("first") or [])
+            facts.append(f"{tally['count']:,} training {unit} left out, which repeat {what}; first: {first}.")
+    if repeats.get("shared_text"):
+        facts.append(
+            f"{repeats['shared_text']:,} of the held-out {unit} have {repeats.get('run_length')} tokens in a row in "
+            "common with the training data."
+        )
     return facts
 
 
@@ -132,6 +181,10 @@ def environment(run: Run) -> list[tuple[str, str]]:
         if source.get("fingerprint"):
             rows.append((f"hash of {short_path(str(source.get('path', '')))}", str(source["fingerprint"])))
     return [(name, value) for name, value in rows if value]
+
+
+def _share(value: Any) -> str:
+    return f"{value:.1%}" if isinstance(value, int | float) else ""
 
 
 def _count(value: Any) -> str:

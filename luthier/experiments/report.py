@@ -81,7 +81,7 @@ def run_page(run: Run) -> str:
     """The page of one run."""
     found = all_verdicts(run)
     drawn = sections.curves(run)
-    return _render(
+    return render(
         "run.html",
         run=run,
         title=run.label,
@@ -96,6 +96,7 @@ def run_page(run: Run) -> str:
         endings=endings_table(run),
         samples=sections.sample_table(run),
         sources=given.data_sources(run),
+        mix=given.data_mix(run),
         drops=given.data_drops(run),
         facts=given.data_facts(run),
         histogram=given.data_histogram(run),
@@ -107,7 +108,7 @@ def run_page(run: Run) -> str:
 
 def comparison_page(runs: list[Run]) -> str:
     """The page of several runs."""
-    return _render("comparison.html", **comparison(runs))
+    return render("comparison.html", **comparison(runs))
 
 
 def refuse_other_files(path: Path) -> None:
@@ -160,5 +161,6 @@ def _pages() -> Environment:
     return pages
 
 
-def _render(name: str, **values: Any) -> str:
+def render(name: str, **values: Any) -> str:
+    """A page of `pages/` with its values."""
     return _pages().get_template(name).render(version=luthier.__version__, **values)

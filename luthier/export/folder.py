@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
+from luthier.artifacts.source import local
 from luthier.data.hub import notice_missing_network
 from luthier.errors import ConfigError, ModelError, RunError, cannot_load
 
@@ -41,7 +42,7 @@ def base_folder(name: str, revision: str | None) -> Path:
     Raises:
         ModelError: there is no such model.
     """
-    folder = Path(name).expanduser()
+    folder = Path(local(name)).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelError(f"{name}: the base model has no config.json")

@@ -16,6 +16,8 @@ from typing import Any
 
 import yaml
 
+from luthier.artifacts.source import reference_of
+from luthier.config.artifact_names import is_artifact
 from luthier.errors import ConfigError, RunError
 from luthier.export import folder as folders
 from luthier.export.card import Subject, is_hub_id, licence_of, make_card
@@ -73,6 +75,7 @@ def pack(
     licence: str | None = None,
     revision: str | None = None,
     secrets: Sequence[str | None] = (),
+    artifact: bool = False,
 ) -> Parcel:
     """Collect what is uploaded.
 
@@ -80,7 +83,8 @@ def pack(
         target: a run, an adapter or a model folder. repo: owner/name. merged: the run's merge instead of its adapter.
         gguf: files to add. report: add report.html. base_model: the base's id on the hub, where the folder names a
             local copy. licence: the hub's name of the licence. revision: a branch other than the main one. secrets:
-            never to be published, beside what the environment holds.
+                never to be published, beside what the environment holds. artifact: it goes to Weights & Biases, where a
+            base or data that is an artifact keeps that name; elsewhere it would tell an account's name.
 
     Raises:
         ConfigError, RunError, ModelError: there is nothing whole to upload.
@@ -89,8 +93,10 @@ def pack(
     is_adapter = (source / adapter_files.CONFIG).is_file()
     named = _base_name(source, run, is_adapter)
     base = base_model or _public_base(named)
-    if base is not None and not is_hub_id(base):
+    if base is not None and not is_hub_id(base) and not (artifact and is_artifact(base)):
         raise ConfigError(f"--base-model: {base} is no id on the hub (owner/name)")
+    if base is None and artifact and named is not None:
+        base = named if is_artifact(named) else reference_of(named)
     parcel, scrub = Parcel(is_adapter, base), Scrub(secrets)
     _add_weights(parcel, source)
     for pattern in _AS_THEY_ARE:
@@ -105,15 +111,15 @@ def pack(
         for path in sorted(source.glob(name)):
             parcel.files[path.name] = _clean_json(path, scrub, None, None)
     if run is not None:
-        parcel.files[RUN_CONFIG] = _clean_config(run / RUN_CONFIG, scrub, base)
+        parcel.files[RUN_CONFIG] = _clean_config(run / RUN_CONFIG, scrub, base, artifact)
         if (run / PLOT).is_file() and not _is_checkpoint(source):
             parcel.files[PLOT] = run / PLOT
     _add_extras(parcel, run, gguf, report, scrub)
     subject = Subject(
         repo=repo,
         is_adapter=is_adapter,
-        base=base,
-        base_name=public_name(named) if named else None,
+        base=base if base is not None and is_hub_id(base) else None,
+        base_name=base if is_artifact(base) else public_name(named) if named else None,
         revision=revision,
         gguf=[Path(name).name for name in gguf],
         settings=RUN_CONFIG in parcel.files,
@@ -246,16 +252,19 @@ def _clean_json(path: Path, scrub: Scrub, base: str | None, named: str | None) -
     return (json.dumps(clean, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
 
 
-def _clean_config(path: Path, scrub: Scrub, base: str | None) -> bytes:
+def _clean_config(path: Path, scrub: Scrub, base: str | None, artifact: bool) -> bytes:
     """The run's settings, without where it ran and without account names."""
     values = _read_yaml(path)
     kept = {k: v for k, v in values.items() if k not in _OF_HERE and not k.startswith("wandb_")}
-    if base is not None or Path(str(kept.get("base_model"))).expanduser().exists():
+    unnamed = is_artifact(str(kept.get("base_model"))) and not artifact
+    if base is not None or unnamed or Path(str(kept.get("base_model"))).expanduser().exists():
         kept["base_model"] = base or public_name(str(kept["base_model"]))
     for key in ("datasets", "test_datasets"):
         for entry in kept.get(key) or []:
             where = entry.get("path") if isinstance(entry, dict) else None
-            if isinstance(where, str) and Path(where).expanduser().exists():
+            if not isinstance(where, str):
+                continue
+            if Path(where).expanduser().exists() or (is_artifact(where) and not artifact):
                 entry["path"] = public_name(where)
     head = "# The settings of the training; paths are shortened to names.\n"
     return (head + yaml.safe_dump(scrub.value(kept), sort_keys=False, allow_unicode=True)).encode("utf-8")
@@ -289,7 +298,7 @@ def _remarks(subject: Subject, card: str, scrub: Scrub) -> list[str]:
         said.append(f"{scrub.secrets} secrets (tokens, keys, passwords) are replaced by ***")
     if subject.base is None and subject.base_name is None:
         said.append("what this was made from is not known, so the card names no base; --base-model OWNER/NAME says it")
-    elif subject.base is None:
+    elif subject.base is None and not is_artifact(subject.base_name):
         lost = "; nobody can load it without knowing the base" if subject.is_adapter else ""
         said.append(
             f"the base {subject.base_name} is no model on the hub, so the card names none{lost}. "

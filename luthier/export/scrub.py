@@ -14,16 +14,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from luthier.config.secrets import TOKEN_SHAPES, URL_LOGIN
+
 # In the hub's cache: models--OWNER--NAME/snapshots/COMMIT.
 _CACHED = re.compile(r"(?:models|datasets)--([\w.-]+?)(?:--([\w.-]+))?[\\/]snapshots[\\/][^\\/\s]+")
 _PATH = re.compile(
     r"""(?:(?<![\w.:/<$~-])|(?<=file://))~?/[^\s"'`|<>()\[\]{},;]+"""  # in a URL or a closing tag something precedes
     r"""|(?<![\w])[A-Za-z]:\\[^\s"'`|<>]+"""
 )
-_TOKEN = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16})\b"
-    r"|(?<=://)[^\s/@:]+:[^\s/@]+(?=@)"  # name and password in a URL
-)
+_TOKEN = re.compile(rf"\b(?:{'|'.join(TOKEN_SHAPES)})\b|{URL_LOGIN}")
 _SECRET_NAMES = re.compile(r"(?:TOKEN|KEY|SECRET|PASSWORD)$", re.IGNORECASE)
 _SHORTEST_SECRET = 12  # a shorter value of such a variable may be any word
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from luthier.artifacts.source import local
 from luthier.generate.identity import RUN_CONFIG
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def own_defaults(found: Found) -> Any:
     from transformers import GenerationConfig
 
     try:
-        own = GenerationConfig.from_pretrained(found.base, revision=found.loading.model.revision or "main")
+        own = GenerationConfig.from_pretrained(local(found.base), revision=found.loading.model.revision or "main")
     except (OSError, ValueError):  # there is none, or loading the model says what is wrong
         own = None
     return SimpleNamespace(generation_config=own)

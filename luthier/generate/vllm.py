@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from luthier.artifacts.source import local
 from luthier.errors import ConfigError, ModelError
 from luthier.generate.asking import LONGEST, own_defaults
 from luthier.generate.rows import Completion
@@ -64,13 +65,13 @@ class Vllm:
         self.terminators = sorted({*terminator_ids(tokenizer, asking.config), *default_terminators(stand_in)})
         self._say_what_is_not_handed_on()
         values: dict[str, Any] = {
-            "model": found.base,
+            "model": local(found.base),
             "revision": found.loading.model.revision,
             "trust_remote_code": found.loading.model.trust_remote_code,
             **_storage(found),
         }
         own_tokenizer = found.folder is not None and (found.folder / "tokenizer_config.json").is_file()
-        values["tokenizer"] = str(found.folder) if own_tokenizer else found.base
+        values["tokenizer"] = str(found.folder) if own_tokenizer else local(found.base)
         self.adapter: Any = None
         if found.is_adapter and found.folder is not None:
             from vllm.lora.request import LoRARequest

@@ -25,6 +25,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from luthier.artifacts.source import local
 from luthier.config import AdapterConfig
 from luthier.errors import ModelError
 from luthier.models.adapter import ForwardAdapter
@@ -142,7 +143,7 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     Raises:
         ModelError: missing, malformed, no LoRA, or with settings that would change the result unseen.
     """
-    path = Path(folder) / CONFIG
+    path = Path(local(str(folder))) / CONFIG
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -225,7 +226,7 @@ def resized_embeddings(model: PreTrainedModel, tensors: Mapping[str, torch.Tenso
 
 def read_adapter_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of an adapter folder; a pickled `adapter_model.bin` is read without running any code of it."""
-    folder = Path(folder)
+    folder = Path(local(str(folder)))
     try:
         if (folder / WEIGHTS).exists():
             return load_file(folder / WEIGHTS)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from luthier.artifacts.source import local, reference_of
 from luthier.config import Config
 from luthier.config.preference import has_reference
 from luthier.errors import ConfigError, ModelError, cannot_load
@@ -269,6 +270,7 @@ def find(path: str) -> Found:
     Raises:
         ModelError: nothing loadable there.
     """
+    path = local(path)
     folder = fetched(path) or Path(path).expanduser()
     if folder.is_file():
         raise ModelError(f"{path} is a file: give the folder of a run, an adapter or a model, or a name on the hub")
@@ -309,7 +311,12 @@ def find(path: str) -> Found:
 
 def _from_above(base: str, source: Path) -> str:
     """A base that a run names by a relative path, which held where the run was started: mostly a folder above it."""
-    if Path(base).expanduser().is_absolute() or Path(base).exists():
+    if Path(base).exists():
+        return base
+    if (artifact := reference_of(base)) is not None:
+        log.info("%s is not here; it is %s", base, artifact)
+        return artifact
+    if Path(base).expanduser().is_absolute():
         return base
     for above in source.resolve().parents:
         if (above / base / "config.json").is_file():
@@ -358,7 +365,7 @@ def _tokenizer_beside(source: Path | None, base: str, config: Config) -> PreTrai
     name = str(source) if source is not None and (source / "tokenizer_config.json").is_file() else base
     try:
         return AutoTokenizer.from_pretrained(
-            name,
+            local(name),
             revision=config.model.revision if name == base else None,
             trust_remote_code=config.model.trust_remote_code,
         )

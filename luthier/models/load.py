@@ -18,6 +18,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from luthier.artifacts.source import local
 from luthier.config import Config, ModelConfig
 from luthier.errors import ConfigError, ModelError, cannot_load
 from luthier.models import attention
@@ -66,7 +67,7 @@ def load_model(
     if device.type == "cuda" or found is not None or quantized_as(model_config):
         arguments["device_map"] = {"": device}  # straight to the card: the host never holds the whole model
     try:
-        model, info = auto_class.from_pretrained(config.model.base_model, **arguments)
+        model, info = auto_class.from_pretrained(local(config.model.base_model), **arguments)
     except Exception as error:  # safetensors, pickle and the families' own code raise any kind
         raise cannot_load("model", config.model.base_model, error) from error
     model = (model if is_quantized(model) else model.to(device)).eval()
@@ -101,7 +102,7 @@ def read_model_config(model: ModelConfig) -> Any:
     """
     try:
         found = transformers.AutoConfig.from_pretrained(
-            model.base_model, revision=model.revision, trust_remote_code=model.trust_remote_code
+            local(model.base_model), revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError, ImportError, KeyError, StrictDataclassError) as error:
         raise cannot_load("model", model.base_model, error) from error

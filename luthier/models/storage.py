@@ -23,6 +23,7 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
+from luthier.artifacts.source import local
 from luthier.config import ModelConfig
 from luthier.models.frozen import FrozenLinear
 from luthier.models.kinds import one_of_each_layer
@@ -185,7 +186,7 @@ def checkpoint_files(model: ModelConfig) -> list[Path]:
 
     def find(name: str) -> str | None:
         return cached_file(
-            model.base_model,
+            local(model.base_model),
             name,
             revision=model.revision,
             _raise_exceptions_for_missing_entries=False,

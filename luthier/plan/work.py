@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from luthier.config import Config
 from luthier.config.preference import has_reference, unit_of
-from luthier.data.dataset import prepare
 from luthier.data.loader import StepLoader
+from luthier.data.mixed import mix_of, mix_report
+from luthier.data.stream.prepare import prepare
 from luthier.errors import ConfigError
 from luthier.plan.engine import Engine
 from luthier.plan.shape import Shape
@@ -78,7 +79,7 @@ def work_from_data(config: Config, tokenizer: PreTrainedTokenizerBase, processes
     Raises:
         DataError, ConfigError: as `data.dataset.prepare`.
     """
-    prepared = prepare(config, tokenizer)
+    prepared = prepare(config, tokenizer, processes)
     train, data, training = prepared.train, config.data, config.training
     rl = config.preference.rl
     rows = training.micro_batch_size * training.gradient_accumulation_steps * processes
@@ -91,28 +92,41 @@ def work_from_data(config: Config, tokenizer: PreTrainedTokenizerBase, processes
         packed_len=data.sequence_len if data.sample_packing else None,
         share="rows" if _shares(config) else "",
         processes=processes,
+        mix=mix_of(config, prepared),
+        epochs=training.num_epochs,
     )
+    steps = training.max_steps or loader.total_steps(training.num_epochs)
+    seen = [loader.step(index) for index in range(min(steps, loader.order.steps_in(0), _STEPS_SEEN))]
     sizes = np.array(loader.computed(range(len(train))), np.int64)
-    lengths, all_tokens = sizes.astype(np.float64), int(train.lengths.sum())
-    steps = training.max_steps or math.ceil(training.num_epochs * loader.steps_per_epoch)
-    seen = [loader.step(index) for index in range(min(steps, loader.steps_per_epoch, _STEPS_SEEN))]
-    total = round(all_tokens * steps / loader.steps_per_epoch)
-    unit = unit_of(rl)
+    times: np.ndarray = np.ones(len(train))
+    epochs = steps / loader.steps_per_epoch
+    all_tokens, unit = int(train.lengths.sum()), unit_of(rl)
+    total = round(all_tokens * epochs)
+    source = f"{len(train):,} {unit} of the config's datasets"
+    if prepared.stream is not None:
+        source = f"the first {len(train):,} {unit} of the stream, taken to be like the rest"
+    if (mixed := mix_report(config, prepared, loader.order, steps)) is not None and mixed.mixed:
+        times = loader.order.seen(steps)
+        total = int((times * train.lengths).sum())
+        epochs = total / all_tokens
+        source += "; in the run " + ", ".join(f"{each.examples:,} of {each.name}" for each in mixed.sources)
+    lengths = sizes.astype(np.float64)
+    computed = float((times * lengths).sum())
     return Work(
-        source=f"{len(train):,} {unit} of the config's datasets",
+        source=source,
         rows_per_step=rows,
         longest=int(sizes.max()),
         largest_step=max(int(sizes[[step.rows[i] for one in step.passes for i in one]].sum()) for step in seen),
-        mean=float(lengths.mean()),
-        mean_square=float((lengths**2).sum() / lengths.sum()),
-        labelled=float(train.trained.sum() / lengths.sum()),
+        mean=computed / float(times.sum()),
+        mean_square=float((times * lengths**2).sum()) / computed,
+        labelled=float((times * train.trained).sum()) / computed,
         tokens=total,
         steps=steps,
         unit=unit,
         sides=2 if unit == "pairs" else 1,
-        shared=float((train.lengths - sizes).sum() / lengths.sum()),
-        computed=float(lengths.sum() / all_tokens),
-        forward_only=_forward_only(config, steps / loader.steps_per_epoch),
+        shared=float((times * (train.lengths - sizes)).sum()) / computed,
+        computed=computed / float((times * train.lengths).sum()),
+        forward_only=_forward_only(config, epochs),
     )
 
 

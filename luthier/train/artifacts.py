@@ -25,6 +25,7 @@ from huggingface_hub import ModelCardData
 
 import luthier
 from luthier.config import Config
+from luthier.config.artifact_names import is_artifact
 from luthier.train.files import write_atomic, write_json_atomic, write_text_atomic
 
 PACKAGES = (
@@ -106,6 +107,11 @@ def hardware() -> dict[str, Any]:
     return found
 
 
+def figures(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a run's summary."""
+    return {key: value for key, value in summary.items() if isinstance(value, (int, float))}
+
+
 def write_model_card(folder: Path, config: Config, summary: Mapping[str, Any]) -> None:
     """`README.md` of the run folder.
 
@@ -116,7 +122,7 @@ def write_model_card(folder: Path, config: Config, summary: Mapping[str, Any]) -
     name = Path(config.output.output_dir).expanduser().resolve().name
     lora = config.adapter.adapter is not None
     base = config.model.base_model
-    named = base if _hub_id(base) else f"{Path(base).expanduser().resolve().name} (a local model)"
+    named = base if _hub_id(base) or is_artifact(base) else f"{Path(base).expanduser().resolve().name} (a local model)"
     what = "A LoRA adapter for" if lora else "A fine-tuned version of"
     parts = [
         f"---\n{_front_matter(config).to_yaml()}\n---\n\n# {name}\n",
@@ -194,7 +200,8 @@ def _dataset_rows(config: Config) -> Iterable[tuple[str, str]]:
     for entry in config.data.datasets:
         kind = entry.type if isinstance(entry.type, str) else "tokens" if entry.type is None else "own prompt"
         # Where a file lay on this machine is nobody's business.
-        yield f"`{entry.path if _hub_id(entry.path) else Path(entry.path).name}`", f"`{kind}`"
+        named = _hub_id(entry.path) or is_artifact(entry.path)
+        yield f"`{entry.path if named else Path(entry.path).name}`", f"`{kind}`"
 
 
 def _result_rows(summary: Mapping[str, Any]) -> Iterable[tuple[str, str]]:

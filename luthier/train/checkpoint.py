@@ -67,6 +67,7 @@ class State:
         tokens_per_pass: most tokens in a forward pass. tokens_asked: what the config said of it then.
         recomputed: how each layer recomputes (`models.recompute`), where memory chose it.
         noticed: what a watch of the figures knows (`train.preference_watch`).
+        stream: where the rows come from next, if they are streamed (`data.stream`).
     """
 
     step: int = 0
@@ -86,6 +87,7 @@ class State:
     tokens_asked: int | str | None = None
     recomputed: list[str] = field(default_factory=list)
     noticed: dict[str, Any] = field(default_factory=dict)
+    stream: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> State:

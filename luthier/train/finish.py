@@ -51,13 +51,16 @@ def finish(
     examples: int,
     peak: Peak | None = None,
     measure_general: Callable[[], None] | None = None,
+    mix: dict[str, Any] | None = None,
+    parameters: tuple[int, int] | None = None,
 ) -> RunResult:
     """The result at the top of the run folder: adapter or model, tokenizer, card, plot, summary, report.
 
     Args:
         kept: the step whose weights the model has. weights: those, where no process holds them (`train.fsdp`).
         peak: memory as it was predicted and measured, where both are known. measure_general: measures what was not
-            trained for, with the weights that are kept.
+            trained for, with the weights that are kept. mix: what the steps had of each dataset.
+        parameters: how many are trained, and how many there are.
     """
     summary = {
         "steps": state.step,
@@ -71,7 +74,9 @@ def finish(
         "best_step": state.best_step,
         "overfitting_since": overfitting_since(state),
         "final_loss": last_loss(folder),
+        **(dict(zip(("trainable_parameters", "total_parameters"), parameters, strict=True)) if parameters else {}),
         **(peak.summary() if peak is not None else {}),
+        **({"mix": mix} if mix is not None else {}),
     }
     if peak is not None:
         recorder.say(str(peak))

@@ -158,7 +158,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _tokens_of(loader: StepLoader, total_steps: int) -> float:
-    return float(loader.dataset.lengths.sum()) / loader.steps_per_epoch * total_steps
+    return loader.per_step(loader.dataset.lengths) * total_steps
 
 
 def _tokens_per_pass(config: Config, loader: StepLoader) -> int:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 class Follower:
     """Is told what happens in a run, in the process that reports, and may end it. Does nothing by itself."""
 
-    def begins(self, total_steps: int, steps_per_epoch: int, from_step: int) -> None:
+    def begins(self, total_steps: int, steps_per_epoch: float, from_step: int) -> None:
         """Before the first step."""
 
     def step(self, step: int) -> None:

@@ -9,7 +9,7 @@ from luthier.config import Config
 from luthier.train.loop import Plan
 
 
-def build_plan(config: Config, steps_per_epoch: int, total: int, *, evaluates: bool, samples: bool) -> Plan:
+def build_plan(config: Config, steps_per_epoch: float, total: int, *, evaluates: bool, samples: bool) -> Plan:
     """When the run that a config describes logs, evaluates and saves."""
     evaluation, output = config.evaluation, config.output
     return Plan(
@@ -25,7 +25,7 @@ def build_plan(config: Config, steps_per_epoch: int, total: int, *, evaluates: b
 
 
 def every(
-    steps: int | float | None, per_epoch: int | None, steps_per_epoch: int, total: int
+    steps: int | float | None, per_epoch: int | None, steps_per_epoch: float, total: int
 ) -> Callable[[int], bool]:
     """Which steps (counted from 1) something happens after: a number or fraction of steps, or a number of times
     per epoch; once an epoch, and at the end, if neither is set."""

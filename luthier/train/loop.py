@@ -140,6 +140,7 @@ def fit(
         state.computed_tokens += computed
         state.trained_tokens += step.trained_tokens
         state.loss_scale = engine.scaler.state_dict()
+        state.stream = loader.standing(state.step)
         unread.append(Unread(state.step, step, loss, sums, norm))
         last = state.step == plan.total_steps
         logs, saves = plan.log(state.step) or last, plan.save(state.step) or last or stopping
@@ -150,9 +151,10 @@ def fit(
 
         # 4. Log, evaluate, save. The weights that are looked at need not be those that gradients are taken at.
         if logs:
-            figures = objective.figures(state.window.sums)
+            figures = objective.figures(state.window.sums) | loader.figures()
+            epoch = loader.epochs_before(state.step)
             recorder.row(
-                training_row(state, plan.total_steps, loader.steps_per_epoch, figures, rate, last_norm, peak_memory())
+                training_row(state, plan.total_steps, epoch, figures, rate, last_norm, peak_memory())
             )
             state.window = Window()
         improved = False

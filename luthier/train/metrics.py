@@ -224,7 +224,7 @@ def count_step(state: State, trained_tokens: int, tokens: int, seconds: float) -
 def training_row(
     state: State,
     total_steps: int,
-    steps_per_epoch: int,
+    epoch: float,
     figures: dict[str, float],
     rate: float,
     norm: float,
@@ -236,7 +236,7 @@ def training_row(
     per_step = state.seconds / state.step
     return {
         "step": state.step,
-        "epoch": state.step / steps_per_epoch,
+        "epoch": epoch,
         "loss": window.loss / window.steps,
         **figures,
         "learning_rate": rate,

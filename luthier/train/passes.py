@@ -59,12 +59,12 @@ def choose_tokens(
     def run_pass() -> int:
         policy.train()
         # The last step of an epoch may have nothing for this one of several processes, the first has.
-        batch = next(loader.batches(loader.step(state.step if processes.size == 1 else 0), device))
+        batch = next(loader.batches(loader.step(state.step if processes.size == 1 else loader.first), device))
         policy(batch)[0].sum().backward()
         masters.zero_grad()
         return len(batch.input_ids)
 
-    lengths = np.sort(loader.dataset.lengths)
+    lengths = np.sort(loader.lengths_held())
     in_step = lengths[-loader.rows_per_step :].sum()
     if config.data.sample_packing:
         in_step = min(loader.rows_per_step * config.data.sequence_len, lengths.sum())

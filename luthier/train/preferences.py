@@ -183,6 +183,7 @@ def _precomputed(
     processes: Processes,
 ) -> np.ndarray:
     """The log-probs of all rows of a loader's dataset, from the cache, or computed now and put there."""
+    loader = loader.once()
     dataset = loader.dataset
     content = [dataset.digests.tobytes(), dataset.prompts.tobytes(), repr((settings, reference.fingerprint())).encode()]
     digest = sha256(b"".join(content)).hexdigest()[:32]
@@ -198,7 +199,7 @@ def _precomputed(
     known = _unknown(dataset)
     compute = ReferenceLogps(reference, known)
     log.info("reference: computing the log-probs of %s rows", f"{len(dataset):,}")
-    for index in range(loader.steps_per_epoch):
+    for index in range(loader.order.steps_in(0)):
         for batch in loader.batches(loader.step(index), device):
             compute(policy, batch)
     if processes.size > 1:  # each has its own share of the rows

@@ -6,24 +6,21 @@ config -> device, tokenizer, data -> model -> policy (proven) -> optimizer, step
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
+from luthier.artifacts.source import described, pinned
 from luthier.config import Config
-from luthier.config.preference import unit_of
-from luthier.data.dataset import PreparedData, TokenDataset, prepare
-from luthier.data.loader import StepLoader
+from luthier.config.artifact_names import named_in
+from luthier.data.mixed import mix_figures, mix_report
+from luthier.data.stream.prepare import prepare
 from luthier.data.tokenizer import load_tokenizer
-from luthier.data.tree import Sharing
 from luthier.errors import DataError, RunError
 from luthier.models.assemble import build_model, with_adapter_settings
 from luthier.models.device import (
@@ -37,11 +34,10 @@ from luthier.models.fp8 import check_fp8, round_to_fp8
 from luthier.models.fuse import fuse_policy
 from luthier.models.isolation import build_policy
 from luthier.models.layers import recomputation_of
-from luthier.models.load import read_model_config
-from luthier.models.memory import PROBE_TOKENS
+from luthier.models.load import count_parameters, read_model_config
 from luthier.models.quantize import check_trains, quantization
-from luthier.models.rank_budget import TOKENS, looks_at_data
-from luthier.models.rope import with_positions
+from luthier.models.rank_budget import looks_at_data
+from luthier.models.rope import check_length, with_positions
 from luthier.objectives.sft import SFT
 from luthier.plan.measured import PeakWatch
 from luthier.train.artifacts import write_environment
@@ -58,7 +54,7 @@ from luthier.train.interrupt import Interrupt, terminated_with_a_message
 from luthier.train.intervals import build_plan
 from luthier.train.loop import OutOfMemory, fit
 from luthier.train.metrics import Recorder, Silent
-from luthier.train.optim import Masters, schedule
+from luthier.train.optim import schedule
 from luthier.train.optimizers import check_optimizer, set_labels
 from luthier.train.passes import (
     choose_tokens,
@@ -72,7 +68,9 @@ from luthier.train.preferences import PreferenceTuning, watch_of
 from luthier.train.protocols import Objective
 from luthier.train.resume import resume, say_changes
 from luthier.train.spread import check_spread, engine_of, loading_device, show
+from luthier.train.steps import first_documents, job_of, loader_of, say_steps
 from luthier.train.trackers import Trackers, trackers_of
+from luthier.train.uploads import Uploads
 from luthier.train.weights import write_model
 
 log = logging.getLogger("luthier")
@@ -90,7 +88,6 @@ def train(config: Config, given: Given | None = None) -> RunResult:
         LuthierError: anything that the user can mend, before the first step wherever possible.
     """
     began = time.perf_counter()
-    config = with_adapter_settings(config)
     processes = Processes.of_environment()
     processes.check(config)
     if given is not None and processes.size > 1:
@@ -98,14 +95,16 @@ def train(config: Config, given: Given | None = None) -> RunResult:
             f"a model that a program made is trained in one process, and there are {processes.size}: start the run "
             "with `luthier train` and its config.yaml instead"
         )
-    with (
-        terminated_with_a_message(),
-        processes.connected(),
-        shared_folder(config, processes) as opened,
-        trackers_of(config, opened.path, processes) as trackers,
-        processes.lost_ones_named(),
-    ):
-        return _train(config, opened, trackers, processes, began, given)
+    with terminated_with_a_message(), processes.connected():
+        if any(named_in(config.flat())):
+            config = processes.in_turn(partial(pinned, config))
+        config = with_adapter_settings(config)
+        with (
+            shared_folder(config, processes) as opened,
+            trackers_of(config, opened.path, processes) as trackers,
+            processes.lost_ones_named(),
+        ):
+            return _train(config, opened, trackers, processes, began, given)
 
 
 def _train(
@@ -131,7 +130,7 @@ def _train(
     keep_freed_memory(device)
     torch.manual_seed(config.training.seed)
     tokenizer = load_tokenizer(config)
-    data = processes.in_turn(partial(prepare, config, tokenizer))
+    data = processes.in_turn(partial(prepare, config, tokenizer, processes.size))
     if processes.main:
         data.report.log()
     if len(data.train) < processes.size:
@@ -139,11 +138,13 @@ def _train(
             f"the training data has {len(data.train)} documents, and there are {processes.size} processes: start fewer"
         )
     processes.join(device, config.distributed.ddp_timeout)
+    if data.stream is not None:  # documents as long as the config allows may come
+        check_length(config, model_config, config.data.sequence_len)
     config = with_positions(config, model_config, [data.train, data.validation])
     watch = PeakWatch(config, device, dtype, len(tokenizer), processes.size)
 
     # 2. The model, what of it is trained, and the steps.
-    documents = _first_documents(data.train, config) if looks_at_data(config.adapter) else None
+    documents = first_documents(data.train, config) if looks_at_data(config.adapter) else None
     loaded_on = loading_device(config, device, processes)
     model, dropout = build_model(
         config,
@@ -155,6 +156,7 @@ def _train(
         given=None if given is None else given.model,
         adapter=None if given is None else given.adapter,
     )
+    parameters = count_parameters(model)
     if loaded_on != device:
         show(model, device)
     policy = build_policy(model, dropout, config.data.sequence_len)
@@ -165,13 +167,14 @@ def _train(
     masters, optimizer = engine.masters, engine.optimizer
     watch.follow(policy, masters)
     share = policy.may_share() if config.training.share_prefixes == "auto" else ""
-    loader = _loader(config, data.train, processes, alone=not policy.flat, share=share)
+    loader = loader_of(config, data, processes, alone=not policy.flat, share=share)
     loader.lockstep = engine.lockstep
-    set_labels(optimizer, float(data.train.trained.sum()) / loader.steps_per_epoch)
-    total_steps = config.training.max_steps or math.ceil(config.training.num_epochs * loader.steps_per_epoch)
+    set_labels(optimizer, loader.per_step(data.train.trained))
+    total_steps = config.training.max_steps or loader.total_steps(config.training.num_epochs)
+    data.report.mix = mix_report(config, data, loader.order, total_steps)
     if config.model.load_in_fp8:
         round_to_fp8(policy, next(loader.batches(loader.step(0), device)))
-    _say_steps(config, loader, total_steps, device, dtype, processes)
+    say_steps(config, loader, total_steps, device, dtype, processes, data.report.mix)
     tuning = None
     if config.preference.rl is not None:
         settings = (str(dtype), device.type, config.precision.kernels, config.model.attn_implementation)
@@ -181,13 +184,16 @@ def _train(
     objective: Objective = SFT() if tuning is None else tuning.objective
 
     # 3. Where the run stands, and what its folder says of it.
-    job = _job(config, data, masters, loader)
+    job = job_of(config, data, masters, loader)
     processes.agree_on("data, settings or trained parameters", sha256(repr(job).encode()).hexdigest())
+    if data.stream is not None:
+        data.forget()
     state = State()
     if opened.resume_from is not None:
         state = resume(opened.resume_from, job, engine)
         if processes.main:
             say_changes(folder, config)
+        loader.go_on(state.stream)
     engine.level(device)
     masters.publish()
     take_over_smaller(folder, state, config, processes)
@@ -203,6 +209,8 @@ def _train(
             "shared prefixes: about %.0f%% of the tokens are computed with another example's", 100 * saved
         )
     state.tokens_asked = config.training.max_tokens_per_pass
+    inputs = described(config)
+    uploads = Uploads(config, folder, trackers, inputs)
     if processes.main:
         opened.clear()
         (folder / SUMMARY).unlink(missing_ok=True)
@@ -211,6 +219,7 @@ def _train(
             folder,
             {
                 "data": data.report.describe(),
+                **({"artifacts": inputs} if inputs else {}),
                 "device": str(device),
                 "dtype": str(dtype)[6:],
                 "processes": processes.size,
@@ -228,7 +237,7 @@ def _train(
         limit=limit,
         job=job,
         writes=processes.main,
-        on_saved=follower.saved,
+        on_saved=partial(_saved, follower, uploads),
         background=engine.lockstep,
         writers=processes if engine.each_writes else None,
     )
@@ -251,6 +260,7 @@ def _train(
         Interrupt() as interrupt,
         report_of_a_failure(folder if processes.main else None),
         _recorder(folder, total_steps, state, trackers, processes, watch_figures, follower) as recorder,
+        loader.running(),
         _remembered_if_out_of_memory(folder, config, engine),
         processes.lost_ones_named(),
     ):
@@ -273,6 +283,8 @@ def _train(
             peak_memory=partial(peak_memory_gib, device),
             keep_less=partial(keep_less, recomputation, state, processes),
         )
+        if processes.main:
+            loader.say_what_was_read()
         if stopped and state.step < total_steps:
             by = interrupt.signal.name if interrupt.signal else "a signal to another process"
             recorder.say(
@@ -288,22 +300,27 @@ def _train(
         if not processes.main:
             return RunResult(folder, True, state)
         peak = watch.peak(recomputation.modes)
-        return finish(
-            config, folder, state, checkpoints, kept, weights, recorder, len(data.train), peak, measure_general
+        result = finish(
+            config,
+            folder,
+            state,
+            checkpoints,
+            kept,
+            weights,
+            recorder,
+            loader.examples(),
+            peak,
+            measure_general,
+            mix_figures(config, data, loader.order, state.step),
+            parameters,
         )
+        uploads.result(result.summary)
+        return result
 
 
-def _first_documents(dataset: TokenDataset, config: Config) -> list[torch.Tensor]:
-    """Token ids of training documents drawn by the seed, as many as an adapter's start looks at."""
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.training.seed))
-    found: list[torch.Tensor] = []
-    for index in order.tolist():
-        if sum(map(len, found)) >= TOKENS:
-            break
-        document = dataset[index]
-        ids = torch.from_numpy(document.input_ids.astype(np.int64))
-        found += ids.split(list(document.lengths or (len(ids),)))
-    return found
+def _saved(follower: Follower, uploads: Uploads, path: Path) -> None:
+    follower.saved(path)
+    uploads.checkpoint(path)
 
 
 @contextmanager
@@ -338,67 +355,3 @@ def _recorder(
         on_step=follower.step,
         ended=follower.ended,
     )
-
-
-def _loader(
-    config: Config, dataset: TokenDataset, processes: Processes, *, alone: bool, share: Sharing
-) -> StepLoader:
-    training, data = config.training, config.data
-    rows_per_step = training.micro_batch_size * training.gradient_accumulation_steps * processes.size
-    loader = StepLoader(
-        dataset,
-        rows_per_step=rows_per_step,
-        tokens_per_pass=PROBE_TOKENS,  # until the budget is known
-        seed=training.seed,
-        shuffle=data.shuffle,
-        packed_len=data.sequence_len if data.sample_packing else None,
-        sequence_len=data.sequence_len,
-        alone=alone,
-        share=share,
-        rank=processes.rank,
-        processes=processes.size,
-    )
-    if loader.fill is not None:
-        log.info("packed into rows of %d tokens, %.1f%% full", data.sequence_len, 100 * loader.fill)
-    return loader
-
-
-def _say_steps(
-    config: Config,
-    loader: StepLoader,
-    total: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    processes: Processes,
-) -> None:
-    training = config.training
-    unit = unit_of(config.preference.rl) if config.preference.rl else "examples"
-    unit = "packed rows" if config.data.sample_packing else unit
-    log.info(
-        "%d steps of %d %s (micro_batch_size %d x gradient_accumulation_steps %d x %s), %d steps an epoch, "
-        "%s on %s",
-        total,
-        loader.rows_per_step,
-        unit,
-        training.micro_batch_size,
-        training.gradient_accumulation_steps,
-        "1 process" if processes.size == 1 else f"{processes.size} processes",
-        loader.steps_per_epoch,
-        str(dtype)[6:],
-        device,
-    )
-
-
-def _job(config: Config, data: PreparedData, masters: Masters, loader: StepLoader) -> dict[str, Any]:
-    """What a checkpoint must agree on with the run that goes on from it."""
-    return {
-        "base_model": config.model.base_model,
-        "data": sha256(data.train.digests.tobytes() + data.train.trained.tobytes()).hexdigest(),
-        "rows_per_step": loader.rows_per_step,
-        "seed": config.training.seed,
-        "shuffle": config.data.shuffle,
-        "sample_packing": config.data.sample_packing,
-        "rl": config.preference.rl,
-        "optimizer": config.training.optimizer,
-        "parameters": masters.shapes,
-    }

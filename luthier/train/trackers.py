@@ -78,6 +78,12 @@ class Trackers:
             self._samples.extend(dict(row) for row in rows)
             self._each(lambda name, tracker: _TABLE[name](tracker, rows, self._samples, step))
 
+    @property
+    def wandb_run(self) -> Any:
+        """The run on Weights & Biases; None without that tracker, or after it failed."""
+        tracker = self._trackers.get("wandb")
+        return None if tracker is None else tracker.run
+
     def finish(self) -> None:
         """Close all of them; later calls do nothing."""
         self._each(lambda name, tracker: tracker.finish())

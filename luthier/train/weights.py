@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from luthier.artifacts.source import local
 from luthier.config import Config
 from luthier.models.adapter_files import save_adapter
 from luthier.train.optim import Masters
@@ -33,7 +34,7 @@ def write_model(
         save_adapter(
             model,
             folder,
-            base_model=config.model.base_model,
+            base_model=local(config.model.base_model),  # as PEFT takes it
             revision=config.model.revision,
             adapter=config.adapter,
         )

@@ -310,3 +310,10 @@ def test_frozen_and_not_shared(load):
 
 def test_no_key_is_in_two_sections():
     assert len(SECTION_OF) == sum(len(section.model_fields) for section in SECTIONS.values())
+
+
+def test_a_misspelt_key_of_another_tool_is_told_its_name() -> None:
+    with pytest.raises(ConfigError, match=r"context_parapllel_size is not .* Did you mean context_parallel_size\?"):
+        Config.from_flat({
+            "base_model": "m", "datasets": [{"path": "p", "type": "alpaca"}], "context_parapllel_size": 2,
+        })  # fmt: skip

@@ -106,7 +106,7 @@ def test_a_hit_parses_no_row(
 ) -> None:
     wanted = config(write(tmp_path / "rows.jsonl", ANSWERS))
     prepare(wanted, toy_tokenizer)
-    monkeypatch.setattr("luthier.data.files._object_of", lambda line: pytest.fail("a row was parsed"))
+    monkeypatch.setattr("luthier.data.files.object_of", lambda line: pytest.fail("a row was parsed"))
     assert len(prepare(wanted, toy_tokenizer).train) == 40
 
 
@@ -268,7 +268,7 @@ def test_a_killed_process_is_one_message(
 ) -> None:
     if sys.platform != "linux":
         pytest.skip("only forked processes see the patched function")
-    monkeypatch.setattr("luthier.data.tokenise._work", _die)
+    monkeypatch.setattr("luthier.data.tokenise.work", _die)
     path = write(tmp_path / "rows.jsonl", chats(5))
     with pytest.raises(DataError, match="most likely for want of memory"):
         prepare(config(path, "chat_template", dataset_processes=2), toy_tokenizer)

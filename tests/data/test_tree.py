@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from luthier.data.batches import make_batch
 from luthier.data.dataset import Document
-from luthier.data.loader import StepLoader, make_batch
+from luthier.data.loader import StepLoader
 from luthier.data.packing import cut_into_passes
 from luthier.data.tree import MIN_SHARED, Forest, Sharing, cut_by_beginning, shared_forest
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from luthier.experiments.charts import MOST_POINTS, Chart, Mark, Series, _Axis, histogram, line_chart, thinned
+from luthier.experiments.charts import MOST_POINTS, Axis, Chart, Mark, Series, histogram, line_chart, thinned
 from tests.experiments.conftest import Page
 
 
@@ -34,7 +34,7 @@ def test_many_points_become_means_within_their_bounds():
      ([0.001, 2.0], None), ([0.9, 1.1], None), ([-1.0, 900.0], None), ([1e-8, 1e6], None)],
 )  # fmt: skip
 def test_axes_hold_their_values(values: list[float], log: bool | None):
-    axis = _Axis.over(values, log=log, from_zero=False)
+    axis = Axis.over(values, log=log, from_zero=False)
     assert all(-1e-9 <= axis.at(value) <= 1 + 1e-9 for value in [*values, *axis.ticks])
     assert 2 <= len(axis.ticks) <= 8
     assert axis.log == (log is None and min(values) > 0 and max(values) / min(values) >= 25)

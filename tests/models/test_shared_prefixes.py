@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from luthier.config import AdapterConfig
+from luthier.data.batches import make_batch
 from luthier.data.dataset import Document
-from luthier.data.loader import make_batch
 from luthier.data.tree import MIN_SHARED, Sharing
 from luthier.models import attention
 from luthier.models.fuse import fuse_policy

@@ -11,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from luthier.config import AdapterConfig, Config, FreezeConfig
-from luthier.data.loader import Completions
+from luthier.data.batches import Completions
 from luthier.models.freeze import set_trainable
 from luthier.models.fuse import fuse_policy
 from luthier.models.isolation import build_policy

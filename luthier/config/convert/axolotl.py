@@ -63,7 +63,7 @@ class _Axolotl(Sharing):
         elif key in keys.ATTENTION:
             self._attention(key, value)
         elif key in FIELDS:
-            self.into.carry(key, key, value)
+            self.into.carry(key, key, value, keys.OTHERWISE.get(key, "") if value else "")
         elif key in keys.RENAMED:
             self.into.carry(key, keys.RENAMED[key], value)
         elif key in keys.NO_EFFECT:
@@ -204,6 +204,20 @@ class _Axolotl(Sharing):
     _test_datasets = _datasets
     _pretraining_dataset = _datasets
 
+    def _streaming(self, key: str, value: Any) -> None:
+        if value:
+            self.into.carry(key, key, value)
+        else:
+            self.into.no_effect(key)
+
+    def _streaming_multipack_buffer_size(self, key: str, value: Any) -> None:
+        if self.given.get("streaming"):
+            self.into.carry(key, "shuffle_buffer_size", value)
+        else:
+            self.into.no_effect(key, "data is shuffled and packed as a whole")
+
+    _pretrain_multipack_buffer_size = _streaming_multipack_buffer_size
+
     def _curriculum_sampling(self, key: str, value: Any) -> None:
         if value:
             self.into.carry(key, "shuffle", False)
@@ -302,6 +316,12 @@ class _Axolotl(Sharing):
     def _wandb_project(self, key: str, value: Any) -> None:
         if self.given.get("use_wandb") is False or value == "":
             self.into.no_effect(key, "use_wandb is off" if value else "")
+        else:
+            self.into.carry(key, key, value)
+
+    def _wandb_log_model(self, key: str, value: Any) -> None:
+        if self.given.get("use_wandb") is False or value in ("", "false", False):
+            self.into.no_effect(key, "use_wandb is off" if value not in ("", "false", False) else "")
         else:
             self.into.carry(key, key, value)
 

@@ -40,6 +40,11 @@ RENAMED = {
     "model_revision": "revision",
 }
 
+OTHERWISE = {
+    "dataset_exact_deduplication": "rows in both leave the training data here, the evaluation data there",
+}
+"""Keys of the same name, and what is not quite the same about them."""
+
 ATTENTION = {
     "flash_attention": "flash_attention_2",
     "sdp_attention": "sdpa",
@@ -73,9 +78,7 @@ NO_EFFECT = {
     "sample_packing_mp_start_method": _PACKING,
     "sample_packing_eff_est": _PACKING,
     "multipack_real_batches": _PACKING,
-    "pretrain_multipack_buffer_size": _PACKING,
     "pretrain_multipack_attn": "packed documents never see each other here",
-    "streaming_multipack_buffer_size": _PACKING,
     "total_num_tokens": "tokens are counted",
     "total_supervised_tokens": "tokens are counted",
     "gradient_checkpointing_kwargs": "what is computed again is so without reentrant autograd",
@@ -254,10 +257,8 @@ REFUSED = {
     "trainer_cls": "code of its own is not run here.",
     "dataset_shard_num": "write `path: FILE#N` for the first N rows.",
     "dataset_shard_idx": "write `path: FILE#N` for the first N rows.",
-    "dataset_exact_deduplication": _NOT_BUILT,
     "push_dataset_to_hub": _NOT_BUILT,
     "pretraining_sample_concatenation": "write `sample_packing: true`, which keeps documents apart.",
-    "streaming": "data is read whole.",
     "eval_sequence_len": "sequence_len is that of evaluation too.",
     "min_sample_len": "rows are trained however short they are.",
     "use_pose": _NOT_BUILT,
@@ -275,7 +276,6 @@ REFUSED = {
     "loss_watchdog_patience": "a run ends where its loss is not finite; early_stopping_patience looks at evaluations.",
     "dynamic_checkpoint": "SIGTERM ends a run after its step, with a checkpoint.",
     "hub_model_id": "`luthier push` uploads after the training.",
-    "wandb_log_model": "`luthier push` uploads after the training; trackers get figures.",
     "deepcompile": _NOT_BUILT,
     "context_parallel_size": _ONE_GPU,
     "sequence_parallel_degree": _ONE_GPU,
@@ -326,7 +326,8 @@ HANDLED = {
     "float32", "bnb_config_kwargs", "curriculum_sampling", "device", "eval_strategy", "evaluation_strategy", "fsdp",
     "greater_is_better", "lr_scheduler_kwargs", "metric_for_best_model", "overrides_of_model_config", "model_config",
     "peft", "plugins", "pretraining_dataset", "save_strategy", "tokenizer_use_fast", "trl", "use_mlflow",
-    "use_tensorboard", "use_trackio", "use_wandb",
+    "use_tensorboard", "use_trackio", "use_wandb", "wandb_log_model", "streaming",
+    "streaming_multipack_buffer_size", "pretrain_multipack_buffer_size",
 }  # fmt: skip
 """Keys that `axolotl` has a function for."""
 MAPPINGS = {

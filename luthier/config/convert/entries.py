@@ -38,7 +38,8 @@ def carry(into: Conversion, key: str, value: Any, given: Mapping[str, Any]) -> N
             found.append(ours)
     if found:
         into.values[target] = [*into.values.get(target, []), *found]
-        into.carried(key, "" if key == target else "datasets: read whole, not streamed")
+        streamed = "" if given.get("streaming") else ": read whole, not streamed"
+        into.carried(key, "" if key == target else f"datasets{streamed}")
 
 
 def flaw_of(entry: Mapping[str, Any], key: str, given: Mapping[str, Any]) -> str | None:
@@ -63,7 +64,11 @@ def _entry(into: Conversion, theirs: str, entry: Mapping[str, Any], preferences:
         place = inner(theirs, name)
         if value is None:
             continue
-        if name in DatasetEntry.model_fields:
+        if name == "weight":
+            ours[name] = value
+            if value != 1:
+                into.carried(place, "weight, and each epoch goes on with other rows, where there it has the same ones")
+        elif name in DatasetEntry.model_fields and name != "epochs":
             ours[name] = dict(value) if isinstance(value, dict) else value
         elif name == "text_column":
             ours["field"] = value
@@ -78,7 +83,7 @@ def _entry(into: Conversion, theirs: str, entry: Mapping[str, Any], preferences:
         elif name in keys.ENTRY_REFUSED:
             into.refuse(place, value, keys.ENTRY_REFUSED[name])
         else:
-            known = {*DatasetEntry.model_fields, *ENTRY_KEYS}
+            known = {*DatasetEntry.model_fields, *ENTRY_KEYS} - {"epochs"}
             into.unknown(place, known, "a dataset entry of Axolotl's")
     if isinstance(ours.get("split"), str) and "[" in ours["split"]:
         _part(into, inner(theirs, "split"), ours)

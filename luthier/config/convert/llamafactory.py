@@ -9,7 +9,7 @@ from luthier.config.convert import arguments
 from luthier.config.convert import llamafactory_keys as keys
 from luthier.config.convert.conversion import Conversion
 from luthier.config.convert.dataset_info import Rows, datasets
-from luthier.config.yaml_source import Source
+from luthier.config.yaml_source import Source, parse_scalar
 
 _SIGNS = ("model_name_or_path", "finetuning_type", "cutoff_len", "dataset_dir")
 
@@ -206,10 +206,34 @@ class _LlamaFactory:
             self.into.no_effect(key)
 
     def _mix_strategy(self, key: str, value: Any) -> None:
+        stopping = {"interleave_under": "first_exhausted", "interleave_over": "all_exhausted"}
+        streamed, shuffled = self.given.get("streaming"), not self.given.get("disable_shuffling")
         if value == "concat":
             self.into.no_effect(key, "datasets are put together whole")
+        elif str(value) in stopping:
+            self.into.carry(key, "mix_strategy", "interleave", "its parts are exact, where there they are drawn by lot")
+            self.into.also("mix_stopping", stopping[str(value)], key)
+        elif value == "interleave_once" and shuffled and not streamed:
+            self.into.no_effect(key, "an epoch has every row once, in a random order")
         else:
-            self.into.unsupported(key, f"{value}: datasets are put together whole.")
+            self.into.unsupported(key, f"{value}: write interleave_under or interleave_over, or concat.")
+
+    def _interleave_probs(self, key: str, value: Any) -> None:
+        """Weights of the datasets, which `rows` reads."""
+        if self.given.get("mix_strategy") not in ("interleave_under", "interleave_over"):
+            self.into.no_effect(key, "it belongs to the strategies that interleave")
+
+    def _streaming(self, key: str, value: Any) -> None:
+        if value:
+            self.into.carry(key, "streaming", value)
+        else:
+            self.into.no_effect(key)
+
+    def _buffer_size(self, key: str, value: Any) -> None:
+        if self.given.get("streaming"):
+            self.into.carry(key, "shuffle_buffer_size", value)
+        else:
+            self.into.no_effect(key, "it belongs to streaming")
 
     def _enable_thinking(self, key: str, value: Any) -> None:
         if value:
@@ -253,6 +277,7 @@ class _LlamaFactory:
             if key in self.given:
                 names = _split(self.given[key])
                 datasets(self.into, key, target, names, self.given.get("dataset_dir"), self.folder, how)
+        self._weigh()
         if "dataset_dir" in self.given:
             self.into.carried("dataset_dir", "it is in the paths of the datasets")
         entries = [*self.into.values.get("datasets", []), *self.into.values.get("test_datasets", [])]
@@ -262,6 +287,22 @@ class _LlamaFactory:
         if known is not None and known.ends and self.stage != "pt" and entries:
             tokens = {"eos_token": known.ends} | self.into.values.get("special_tokens", {})
             self.into.also("special_tokens", tokens, "template")
+
+    def _weigh(self) -> None:
+        """`interleave_probs` as the weights of the datasets."""
+        key = "interleave_probs"
+        if key not in self.given or self.into.values.get("mix_strategy") != "interleave":
+            return
+        entries = self.into.values.get("datasets", [])
+        parts = [parse_scalar(part) for part in _split(self.given[key])]
+        if len(parts) != len(entries):
+            self.into.unsupported(key, f"there are {len(parts)} of them, and {len(entries)} datasets.")
+        elif not all(isinstance(part, int | float) and part > 0 for part in parts):
+            self.into.unsupported(key, "write a number above 0 for each dataset.")
+        else:
+            for entry, part in zip(entries, parts, strict=True):
+                entry["weight"] = part
+            self.into.carried(key, "weight, of each dataset")
 
     def defaults(self) -> None:
         """What LLaMA-Factory does where the file says nothing."""
@@ -274,6 +315,9 @@ class _LlamaFactory:
                 if not (targets and key == "lora_target_linear"):
                     into.default(key, value, remark)
             into.default("lora_alpha", into.values["lora_r"] * 2, "twice lora_rank")
+        if into.values.get("streaming"):
+            for key, (value, remark) in keys.OF_STREAMS.items():
+                into.default(key, value, remark)
         if into.values.get("rl") == "simpo":
             for key, (value, remark) in keys.OF_SIMPO.items():
                 into.default(key, value, remark)

@@ -15,6 +15,7 @@ DEFAULTS: dict[str, tuple[Any, str]] = {
     "excess_length_strategy": ("truncate", ""),
 }
 OF_LORA: dict[str, tuple[Any, str]] = {"lora_r": (8, ""), "lora_target_linear": (True, "lora_target: all")}
+OF_STREAMS: dict[str, tuple[Any, str]] = {"shuffle_buffer_size": (16384, "")}
 OF_SIMPO: dict[str, tuple[Any, str]] = {"rl_beta": (0.1, ""), "simpo_gamma": (0.5, "")}
 
 RENAMED = {
@@ -156,7 +157,6 @@ NO_EFFECT = {
     "profile_modules": "no profile is written",
     "fp8_backend": "it belongs to fp8",
     "fp8_enable_fsdp_float8_all_gather": "it belongs to fp8",
-    "buffer_size": "it belongs to streaming",
     "hyper_parallel_args": "it belongs to use_hyper_parallel",
 }  # fmt: skip
 
@@ -164,8 +164,6 @@ _NOT_BUILT = "it is not built here."
 REFUSED = {
     "mask_history": "all answers of a conversation are trained.",
     "pissa_convert": "an adapter is saved as it was trained.",
-    "streaming": "data is read whole.",
-    "interleave_probs": _NOT_BUILT,
     "tool_format": "the chat template says how tools are set.",
     "resize_vocab": "the embeddings grow with tokens.",
     "split_special_tokens": "special tokens in rows are what the tokenizer makes of them.",
@@ -205,7 +203,7 @@ HANDLED = {
     "additional_target", "pissa_init", "quantization_bit", "quantization_method", "flash_attn", "add_tokens",
     "add_special_tokens", "init_special_tokens", "adapter_name_or_path", "use_unsloth_gc",
     "disable_gradient_checkpointing", "pref_loss", "pref_ftx", "pure_bf16", "use_muon", "disable_shuffling",
-    "early_stopping_steps",
+    "early_stopping_steps", "interleave_probs", "streaming", "buffer_size",
 }  # fmt: skip
 
 ALL = {*RENAMED, *NO_EFFECT, *REFUSED, *HANDLED}

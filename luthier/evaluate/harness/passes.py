@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from luthier.data.loader import Batch
+from luthier.data.batches import Batch
 from luthier.data.packing import cut_into_passes
 from luthier.data.tree import cut_by_beginning, plain_forest, shared_forest
 

@@ -11,6 +11,8 @@ import typer
 
 from luthier.config import Config
 from luthier.config.arguments import ConfigArgument, OverridesArgument
+from luthier.config.artifact_names import named_in
+from luthier.config.convert.command import config_of
 from luthier.config.processes import check_processes
 from luthier.errors import ConfigError
 from luthier.launch.kubernetes import manifests
@@ -103,7 +105,7 @@ def command(
     if where != "kubernetes":
         raise ConfigError(f"{where}: there is luthier launch kubernetes CONFIG, and nothing else to launch on")
     refuse_secrets(config, overrides or [])
-    loaded = Config.load(config, overrides or [])
+    loaded = config_of(config, overrides or [])
     if not image:
         raise ConfigError("--image is missing: the image that the pods run; docs/kubernetes.md says how it is built")
     settings = Settings(
@@ -138,7 +140,7 @@ def command(
     merges = loaded.adapter.adapter is not None if merge is None else merge
     _check_steps(loaded, settings, merges, push)
     parcel = pack(config, overrides or [], loaded, settings)
-    Config.load(config, [*(overrides or []), *parcel.overrides])  # as it will be read in the pod
+    config_of(config, [*(overrides or []), *parcel.overrides], quiet=True)  # as it will be read in the pod
 
     parts = _manifests(settings, parcel, loaded, merges, push)
     _say(settings, merges, push, loaded)
@@ -171,7 +173,8 @@ def _check_steps(config: Config, settings: Settings, merges: bool, push: str | N
         log.info("deepspeed: the image has to have DeepSpeed in it; docs/kubernetes.md says how it gets there")
     reports = config.logging.report_to
     online = "wandb" in ([reports] if isinstance(reports, str) else reports) or config.logging.wandb_project
-    if online and config.logging.wandb_mode in (None, "online") and not _may_hold(settings, "WANDB_API_KEY"):
+    sends = bool(online) and config.logging.wandb_mode in (None, "online")
+    if (sends or any(named_in(config.flat()))) and not _may_hold(settings, "WANDB_API_KEY"):
         log.warning("wandb wants WANDB_API_KEY: --secret NAME, or wandb_mode: offline")
 
 

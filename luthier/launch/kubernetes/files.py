@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from luthier.config import Config, DatasetEntry
+from luthier.config.artifact_names import is_artifact
 from luthier.errors import ConfigError
 from luthier.launch.kubernetes.settings import CONFIGS, SCRIPT, VOLUME, Settings, refuse_secret
 
@@ -143,7 +144,7 @@ def _of_dataset(here: str, entry: DatasetEntry, places: _Places) -> Iterator[tup
     path, hash_, count = entry.path, "", ""
     if (match := re.fullmatch(r"(.+)(#)(\d+)", path)) and not Path(path).expanduser().exists():
         path, hash_, count = match.groups()
-    if not Path(path).expanduser().exists() and _is_hub_id(path):
+    if is_artifact(path) or (not Path(path).expanduser().exists() and _is_hub_id(path)):
         return
     moved = places.file(f"{here}.path", path)
     if moved != path:
@@ -159,7 +160,7 @@ class _Places:
 
     def model(self, key: str, value: str | None, config: Config) -> None:
         """A model, a tokenizer, an adapter: from the hub, a volume or the image."""
-        if value is None or self._in_the_pod(key, value):
+        if value is None or is_artifact(value) or self._in_the_pod(key, value):
             return
         if Path(value).expanduser().exists():
             raise ConfigError(

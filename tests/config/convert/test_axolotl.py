@@ -271,6 +271,7 @@ def test_the_tables_of_defaults_hold_what_is_another_here(table: dict[str, tuple
         ("auto_resume_from_checkpoints: true", {"resume_from_checkpoint": "auto"}),
         ("save_strategy: 'no'", {"saves_per_epoch": 0}),
         ("val_set_size: 0.1\neval_strategy: epoch", {"evals_per_epoch": 1}),
+        ("dataset_exact_deduplication: true", {"dataset_exact_deduplication": True}),
         ("optim_args: 'momentum=0.9,nesterov=true'\noptimizer: sgd",
          {"optim_args": {"momentum": 0.9, "nesterov": True}}),
         ("lr_scheduler_kwargs: {min_lr_rate: 0.1}", {"cosine_min_lr_ratio": 0.1}),
@@ -483,3 +484,25 @@ def test_the_names_of_chat_templates_are_those_of_the_data() -> None:
     from luthier.data import templates
 
     assert {*templates.names(), "jinja", "tokenizer_default"} == keys.TEMPLATES
+
+
+def test_the_model_as_an_artifact(converted: Convert) -> None:
+    base = "base_model: m\ndatasets:\n  - path: p\n    type: alpaca\nwandb_project: lab\n"
+    assert converted(base + "wandb_log_model: checkpoint\n").flat["wandb_log_model"] == "checkpoint"
+    for nothing in ("", '"false"', "false"):
+        found = converted(f"{base}wandb_log_model: {nothing}\n")
+        assert found.flat["wandb_log_model"] is False and "wandb_log_model" not in found.written
+    off = converted(f"{base}use_wandb: false\nwandb_log_model: end\n")
+    assert off.said("no_effect", "wandb_log_model") == "use_wandb is off"
+
+
+def test_weights_and_streams(converted: Convert, problems: Problems) -> None:
+    found = converted(f"{BASE}    weight: 0.5\n  - path: e.jsonl\n    type: alpaca\n    weight: 1.0\n")
+    assert [entry.get("weight") for entry in found.flat["datasets"]] == [0.5, 1.0]
+    assert "datasets.0.weight" in found.names("carried") and "datasets.1.weight" not in found.names("carried")
+    [line] = problems(f"{BASE}    epochs: 2\n")
+    assert "datasets.0.epochs is not a key of a dataset entry of Axolotl's" in line
+    stream = f"{BASE}max_steps: 9\nstreaming_multipack_buffer_size: 77\n"
+    assert converted(f"{stream}streaming: true\n").flat["shuffle_buffer_size"] == 77
+    whole = converted(stream)
+    assert not whole.flat["streaming"] and "streaming_multipack_buffer_size" in whole.names("no_effect")

@@ -185,7 +185,10 @@ def test_stages_and_their_rows(
         ("stage: ppo", "stage: not supported: ppo"),
         ("finetuning_type: freeze", "finetuning_type: not supported"),
         ("use_galore: true", "use_galore: not supported"),
-        ("mix_strategy: interleave_under", "mix_strategy: not supported"),
+        ("mix_strategy: interleave_fast", "mix_strategy: not supported"),
+        ("mix_strategy: interleave_once\ndisable_shuffling: true", "mix_strategy: not supported"),
+        ("mix_strategy: interleave_over\ninterleave_probs: 0.5,0.5", "interleave_probs: not supported: there are 2"),
+        ("mix_strategy: interleave_over\ninterleave_probs: '0'", "interleave_probs: not supported: write a number"),
         ("lr_scheduler_type: polynomial", "lr_scheduler_type: not supported"),
         ("neftune_noise_alpha: 5", "neftune_noise_alpha: not supported"),
         ("eval_dataset: rwos", "Did you mean rows?"),
@@ -201,6 +204,27 @@ def test_stages_and_their_rows(
 def test_errors_name_the_line(text: str, message: str, problems: Problems) -> None:
     found = problems(f"{BASE}{text}\n", "c.yaml")
     assert any(line.startswith("c.yaml:") and message in line for line in found), found
+
+
+def test_mixing_means_the_same(converted: Convert) -> None:
+    two = BASE.replace("rows", "rows, chats")
+    found = converted(f"{two}mix_strategy: interleave_under\ninterleave_probs: 0.7, 0.3\n", "c.yaml")
+    assert (found.flat["mix_strategy"], found.flat["mix_stopping"]) == ("interleave", "first_exhausted")
+    assert [entry["weight"] for entry in found.flat["datasets"]] == [0.7, 0.3]
+    over = converted(f"{two}mix_strategy: interleave_over\n", "c.yaml").flat
+    assert (over["mix_strategy"], over["mix_stopping"]) == ("interleave", "all_exhausted")
+    assert not any("weight" in entry for entry in over["datasets"])
+    for plain in ("concat\ninterleave_probs: 0.7, 0.3", "interleave_once"):
+        found = converted(f"{two}mix_strategy: {plain}\n", "c.yaml")
+        assert found.flat["mix_strategy"] == "concat" and "mix_strategy" in found.names("no_effect")
+
+
+def test_streams_and_their_buffers(converted: Convert) -> None:
+    found = converted(f"{BASE}streaming: true\nmax_steps: 9\nbuffer_size: 77\n", "c.yaml").flat
+    assert (found["streaming"], found["shuffle_buffer_size"]) == (True, 77)
+    assert converted(f"{BASE}streaming: true\nmax_steps: 9\n", "c.yaml").flat["shuffle_buffer_size"] == 16384
+    found = converted(f"{BASE}streaming: false\nbuffer_size: 77\n", "c.yaml")
+    assert not found.flat["streaming"] and {"streaming", "buffer_size"} <= set(found.names("no_effect"))
 
 
 def test_a_template_whose_text_is_not_known_fits_conversations_only(converted: Convert, problems: Problems) -> None:

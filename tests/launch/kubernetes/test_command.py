@@ -346,3 +346,19 @@ def test_no_option_hides_a_key_of_the_config() -> None:
     keys = set(_keys())
     assert keys == set(FIELDS) and len(own) > len(keys)
     assert not {"image", "gpus", "nodes", "secret", "env", "push", "merge", "name", "label", "user", "out"} & keys
+
+
+def test_a_config_of_axolotl_and_artifacts_as_model_and_data(launch: Launch, folder: Path) -> None:
+    (folder / "theirs.yml").write_text(
+        "base_model: wandb:team/lab/base:v1\n"
+        "datasets:\n  - path: wandb:team/lab/rows:v2/train.jsonl#100\n    type: alpaca\n"
+        "adapter: lora\nlora_r: 8\nlora_target_linear: true\nsequence_len: 512\nmicro_batch_size: 1\n"
+        "flash_attention: true\noutput_dir: ./out\n"
+    )
+    status, out, err = launch("--dry-run", config="theirs.yml")
+    assert status == 0, err
+    assert "flash_attention -> attn_implementation: flash_attention_2" in err and err.count("read as Axolotl") == 1
+    found = documents(out)
+    assert found["files"]["data"]["theirs.yml"] == (folder / "theirs.yml").read_text()  # the pod converts it as well
+    assert "args" not in found["Job"]["spec"]["template"]["spec"]["containers"][0]  # nothing has to be elsewhere there
+    assert "wandb wants WANDB_API_KEY" in err

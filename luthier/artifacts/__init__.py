@@ -1,0 +1,1 @@
+"""Artifacts of Weights & Biases as folders of this machine, and folders of this machine as artifacts."""

@@ -148,7 +148,7 @@ def _run_verb(name: str, arguments: list[str], debug: bool) -> int:
     @functools.wraps(function)
     def shielded(*args: Any, **kwargs: Any) -> None:
         # Inside typer, which would turn Ctrl-C into "Aborted!" and swallow broken pipes.
-        if status := _shielded(lambda: function(*args, **_fetched(kwargs)), debug):
+        if status := _shielded(lambda: function(*args, **_fetched(name, kwargs)), debug):
             raise SystemExit(status)
 
     app.command(context_settings=settings, epilog="--debug shows tracebacks.")(shielded)
@@ -165,17 +165,19 @@ def _run_verb(name: str, arguments: list[str], debug: bool) -> int:
 
 # Parameters of verbs whose values are texts, or places to write to.
 _NO_SOURCES = {"message", "output", "out", "prompt", "push", "repo", "stop", "system"}
+# Verbs that take `DIR:0.5`.
+_WEIGHTED = {"merge-lora"}
 
 
-def _fetched(values: dict[str, Any]) -> dict[str, Any]:
+def _fetched(verb: str, values: dict[str, Any]) -> dict[str, Any]:
     """A verb's arguments with folders of this machine in place of artifacts of Weights & Biases: wherever a verb
     takes a model, a run or data, it may be one."""
 
     def one(value: Any) -> Any:
         if isinstance(value, (str, Path)) and str(value).startswith("wandb:"):
-            from luthier.artifacts.source import local_dataset
+            from luthier.artifacts.source import local_source
 
-            return type(value)(local_dataset(str(value)))
+            return type(value)(local_source(str(value), weighted=verb in _WEIGHTED))
         return [one(each) for each in value] if isinstance(value, list) else value
 
     return {name: value if name in _NO_SOURCES else one(value) for name, value in values.items()}

@@ -29,12 +29,22 @@ from typing import Any
 
 from luthier.artifacts.client import Unreachable, endpoint, explained, find, wandb_module
 from luthier.config import Config
-from luthier.config.artifact_names import ArtifactName, is_artifact, named_in, parse, replaced, without_count
+from luthier.config.artifact_names import (
+    PREFIX,
+    ArtifactName,
+    is_artifact,
+    named_in,
+    parse,
+    replaced,
+    without_count,
+)
 from luthier.errors import ConfigError, RunError
 
 log = logging.getLogger("luthier")
 
 FOLDER = "wandb-artifacts"
+# As `float` reads it; a folder in the artifact may stand before it.
+_WEIGHT = re.compile(rf"({PREFIX}[^:]+:[^:]+):([+-]?(?:[\d._]+(?:e[+-]?\d+)?|nan|inf))", re.IGNORECASE)
 _KEPT = re.compile(rf"{FOLDER}[\\/]([^\\/]+)[\\/]([^\\/]+)[\\/]([^\\/]+)-(v\d+)(?:[\\/](.+))?$")
 
 
@@ -65,6 +75,15 @@ def local_dataset(path: str) -> str:
         return path
     path, count = without_count(path)
     return local(path) + count
+
+
+def local_source(text: str, *, weighted: bool) -> str:
+    """The same for an argument of a verb; `weighted`: a weight may stand behind it (`wandb:name:v0:0.5`).
+
+    What follows the name is always the version, so that an artifact with a weight has to say which.
+    """
+    match = _WEIGHT.fullmatch(text) if weighted else None
+    return f"{local(match[1])}:{match[2]}" if match else local_dataset(text)
 
 
 def reference_of(path: str) -> str | None:

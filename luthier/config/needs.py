@@ -35,6 +35,18 @@ def evaluates(c: Flat) -> bool:
     return _has_validation(c) or has_samples(c)
 
 
+def without_eval_loss(c: Flat) -> str | None:
+    """Why a run measures no loss on held-out data, and what to do; None if it does."""
+    if not _has_validation(c):
+        return "there is no validation data: set val_set_size or test_datasets"
+    if c["evals_per_epoch"] == 0:
+        return "`evals_per_epoch: 0` turns evaluations off: set evals_per_epoch or eval_steps"
+    steps, most = c["eval_steps"], c["max_steps"]
+    if steps is not None and most is not None and steps > most:
+        return f"`eval_steps: {steps}` is behind the last step ({most}): lower it"
+    return None
+
+
 def _has_chat(c: Flat) -> bool:
     return any(entry.get("type") == "chat_template" for entry in (*c["datasets"], *c["test_datasets"]))
 

@@ -58,8 +58,8 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for sources that you trust."""
     attn_implementation: str | None = None
-    """Attention of transformers, such as `sdpa`, `eager` or `flash_attention_2`. Default: the fastest that
-    keeps packed documents apart."""
+    """Attention of transformers, such as `sdpa`, `eager` or `flash_attention_2` (where that is not installed, the
+    default, and it is said). Default: the fastest that keeps packed documents apart."""
     device_map: str | dict[str, str | int] | None = None
     """Device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`, or a mapping with one entry, `"": device`. Default:
     `auto`."""

@@ -195,7 +195,10 @@ class StepLoader:
 
     def mismatched(self, step: Step, device: torch.device) -> Iterator[Batch]:
         """Passes of this process in which each answer of a step stands behind the prompt of the row after it, and the
-        last one's behind the first (Ethayarajh et al. 2024, section 4.1); cut off at `sequence_len`."""
+        last one's behind the first (Ethayarajh et al. 2024, section 4.1); cut off at `sequence_len`. None where the
+        dataset has one row: its own answer would be no mismatch."""
+        if len(self.dataset) == 1:
+            return
         others = [
             other if other != row else (row + len(self.dataset) // 2) % len(self.dataset)
             # A step of one row, or a row beside its own copy: its own answer would be no mismatch.

@@ -23,6 +23,9 @@ FEW = 4
 _SIZE = 1000
 # From this ratio of largest to smallest on, the axis is logarithmic.
 _WIDE = 25
+# Words beside a point, as shares of the frame where it is narrow: a letter, the distance to the point, the most that
+# the style sheet gives them, the height of a line.
+_LETTER, _MARGIN, _WIDEST, _LINE = 0.019, 0.02, 0.48, 0.09
 
 
 def number(value: float) -> str:
@@ -73,7 +76,8 @@ class Chart:
     """What a chart shows. `form`: numbers of the axis. `about`: for who cannot see it; made up if empty.
 
     `x`: what goes from left to right. `x_log`: its scale, as `log`. `x_ticks`: the numbers beneath it; round ones if
-    empty. `legend`: (colour, name) in place of the series' own. `labels`: (x, y, words beside that point).
+    empty. `legend`: (colour, name) in place of the series' own. `labels`: (x, y, words beside that point), the most
+    important first; those without room are left out.
     """
 
     title: str
@@ -320,12 +324,18 @@ def _labels(chart: Chart, x_axis: Axis, y_axis: Axis) -> Markup:
         for tick in x_axis.ticks
     ]
     spans.append(Markup('<span class="under" aria-hidden="true">{}</span>').format(chart.x))
+    taken: list[tuple[float, float, float]] = []
     for x, y, text in chart.labels:
-        share = x_axis.at(x)
+        share, up = x_axis.at(x), y_axis.at(y)
+        wide = min(_WIDEST, _LETTER * len(text) + _MARGIN)
+        left, right = (share - wide, share) if share > 0.5 else (share, share + wide)
+        if any(abs(up - other) < _LINE and left < end and begin < right for begin, end, other in taken):
+            continue
+        taken.append((left, right, up))
         side = f"right:{100 * (1 - share):.2f}%" if share > 0.5 else f"left:{100 * share:.2f}%"
         spans.append(
             Markup('<span class="label" style="{};top:{}%" aria-hidden="true">{}</span>').format(
-                side, f"{100 * (1 - y_axis.at(y)):.2f}", text
+                side, f"{100 * (1 - up):.2f}", text
             )
         )
     return Markup("").join(spans)

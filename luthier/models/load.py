@@ -59,7 +59,7 @@ def load_model(
         revision=config.model.revision,
         trust_remote_code=config.model.trust_remote_code,
         dtype=dtype,
-        attn_implementation=config.model.attn_implementation,
+        attn_implementation=_attention_here(config.model.attn_implementation),
         output_loading_info=True,
     )
     if (found := quantization(config.model, model_config, device, dtype)) is not None:
@@ -86,11 +86,26 @@ def load_model(
             type(model).__name__,
             unexpected[0],
         )
-    if config.model.attn_implementation is None:
+    if arguments["attn_implementation"] is None:
         use_flat_attention(model)
     turn_off_randomness(model)
     grow_embeddings(model, len(tokenizer))
     return model
+
+
+def _attention_here(name: str | None) -> str | None:
+    """The attention that a config names; None, for the default, where that is FlashAttention and it is not installed.
+
+    Configs of other tools ask for it to be fast, which the default is without a package, with the same numbers.
+    """
+    available = {
+        "flash_attention_2": transformers.utils.is_flash_attn_2_available,
+        "flash_attention_3": transformers.utils.is_flash_attn_3_available,
+    }
+    if name not in available or available[name]():
+        return name
+    log.warning("attn_implementation: %s is not installed here: the default is used, which needs no package", name)
+    return None
 
 
 def read_model_config(model: ModelConfig) -> Any:

@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from luthier.artifacts import source
 from luthier.cli import main
@@ -158,3 +162,32 @@ def test_a_verb_takes_an_artifact_where_it_takes_a_model(
     assert main(["generate", "wandb:team/lab/tiny:latest", *arguments]) == 0, capsys.readouterr().err
     assert main(["generate", "wandb:team/lab/tiny:v4", *arguments]) == 2
     assert "has no such artifact" in capsys.readouterr().err
+
+
+def test_adapters_of_artifacts_are_merged_with_weights(
+    wandb: Wandb, toy_llama_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        base = AutoModelForCausalLM.from_pretrained(toy_llama_dir)
+        config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+        get_peft_model(base, config).save_pretrained(folder := tmp_path / f"adapter-{seed}")
+        wandb.server.add(f"adapter-{seed}", {path.name: path.read_bytes() for path in folder.iterdir()})
+        folders.append(str(folder))
+
+    def merged(one: str, other: str, out: str) -> int:
+        method = ["--method", "cat", "--adapter-only", "--out", str(tmp_path / out)]
+        return main(["merge-lora", one, "--adapter", other, *method])
+
+    assert merged(f"{folders[0]}:0.5", f"{folders[1]}:-2", "here") == 0
+    there = [f"wandb:team/lab/adapter-{seed}:v0" for seed in (0, 1)]
+    assert merged(f"{there[0]}:0.5", f"{there[1]}:-2", "there") == 0, capsys.readouterr().err
+    expected, found = (load_file(tmp_path / out / "adapter_model.safetensors") for out in ("here", "there"))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+    assert merged(f"{there[0]}:0.5", there[1], "none") == 2
+    assert "write one behind each" in capsys.readouterr().err
+    assert main(["generate", f"{there[0]}:0.5", "--prompt", "a"]) == 2
+    assert "has to follow the colon" in capsys.readouterr().err

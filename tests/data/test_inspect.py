@@ -188,6 +188,18 @@ def test_balance(tmp_path: Path) -> None:
     assert verdict(inspect_data([str(write(tmp_path / "one.jsonl", one))]), "balanced")["level"] == "bad"
 
 
+@pytest.mark.parametrize(("no", "level"), [(0, "bad"), (5, "look"), (20, "look"), (101, "fine")])
+def test_answers_of_one_word(tmp_path: Path, no: int, level: str) -> None:
+    """The same to every row; one-sided; two kinds (each of which begins a quarter); a class to every row of its own."""
+    names = ["No." if n < no else "yes" for n in range(100)] if no <= 100 else [f"Word{n}" for n in range(100)]
+    rows = [alpaca(f"Is {n} a number, as far as you know?", name) for n, name in enumerate(names)]
+    balance = verdict(inspect_data([str(write(tmp_path / "rows.jsonl", rows))]), "balanced")
+    assert balance["level"] == level
+    counted = {"yes": 100 - no} | ({"no": no} if no else {})
+    assert balance["figures"].get("short_answers") == (counted if no <= 100 else None)
+    assert ("one-sided" in " ".join(balance["more"])) == (no <= 5)
+
+
 def test_a_sample_is_even_and_said(tmp_path: Path) -> None:
     rows = [alpaca(f"Say number {n}, please.", "" if n % 8 == 0 else f"Here is number {n}.") for n in range(900)]
     result = inspect_data([str(write(tmp_path / "rows.jsonl", rows))], limit=200)

@@ -154,6 +154,7 @@ def test_addresses_are_read_as_they_are_without_a_copy(memory: Any, tmp_path: Pa
     ("path", "says"),
     [
         ("memory://bucket/none.jsonl", "there is no such file"),
+        ("http://127.0.0.1:1/rows.jsonl", "there is no such file.*, or the server does not answer"),
         ("memory://bucket/text.txt", "the name does not say what is in it"),
         ("nosuch://bucket/rows.jsonl", "Protocol not known|nosuch"),
     ],

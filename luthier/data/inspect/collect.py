@@ -42,6 +42,7 @@ class Record:
     Attributes:
         tokens: of the longest example that it makes, which sequence_len bounds; trained: trained ones of all.
         key, prompt_key: hashes of all its texts and of its prompt. sets: shingles of the whole and of each answer.
+        short: its only answer, if that is one word or two, in lower case.
     """
 
     place: str
@@ -55,6 +56,7 @@ class Record:
     first_words: str = ""
     asking: str = ""
     words: int = 0
+    short: str = ""
     given: bool | None = None
     label: bool | None = None
     groups: dict[str, str] = field(default_factory=dict)
@@ -175,6 +177,8 @@ def _describe(record: Record, views: list[View], material: Material) -> None:
     record.first_words = " ".join(words_of(answer[:200])[:2])
     record.asking = " ".join(words_of(first.prompt[:200])[:2])
     record.words = len(words_of(answer))
+    if len(views) == 1 and len(first.answers) == 1 and record.words <= 2:
+        record.short = record.first_words
     record.given = None if first.given is None else bool(first.given.strip())
     record.label = first.label if len(views) == 1 else None
     special = material.tokenizer.all_special_tokens if material.tokenizer is not None else ()

@@ -135,6 +135,7 @@ def balanced(found: Collected, train: Sequence[Record]) -> Verdict:
         figures["empty_inputs"] = given.count(False)
         more.append(f"inputs: {share(given.count(False), len(given))} are empty")
     _beginnings(train, levels, more, figures)
+    _short_answers(train, levels, more, figures)
     words = np.array([record.words for record in train if record.words])
     if len(words):
         low, middle, high = np.percentile(words, [10, 50, 90])
@@ -144,9 +145,12 @@ def balanced(found: Collected, train: Sequence[Record]) -> Verdict:
     sentence = {
         "fine": "nothing that was counted is one-sided",
         "look": "one-sided in places",
-        "bad": "there is only one kind of label, and nothing to tell apart",
+        "bad": "there is only one kind of label or of answer, and nothing to tell apart",
     }[worst(levels)]
-    limits = f"worth a look: a dataset or category with more than {_ONE_SIDED:.0%}, a beginning with {_SAME_START:.0%}"
+    limits = (
+        f"worth a look: a dataset, category or short answer with more than {_ONE_SIDED:.0%}, a beginning with "
+        f"{_SAME_START:.0%}"
+    )
     return Verdict("balanced", worst(levels), f"{sentence} ({limits})", figures, more)
 
 
@@ -166,6 +170,19 @@ def _beginnings(train: Sequence[Record], levels: list[Level], more: list[str], f
             f"{name} begin with {len(counted):,} different pairs of words, most often {first!r}: "
             f"{percent(count, len(train))}"
         )
+
+
+def _short_answers(
+    train: Sequence[Record], levels: list[Level], more: list[str], figures: dict[str, Any]
+) -> None:
+    """Answers that are one word or two in most rows, and few different ones: classes, which may be one-sided."""
+    short = Counter(record.short for record in train if record.short)
+    if len(train) < 20 or short.total() < 0.8 * len(train) or len(short) > min(50, len(train) / 5):
+        return
+    figures["short_answers"] = dict(short.most_common())
+    one_sided = short.most_common(1)[0][1] > _ONE_SIDED * short.total()
+    levels.append("bad" if len(short) == 1 and short.total() == len(train) else "look" if one_sided else "fine")
+    more.append(f"answers of one word or two: {_counts(short)}" + (", one-sided" if one_sided else ""))
 
 
 def _counts(values: Counter[str] | dict[str, int]) -> str:

@@ -41,8 +41,11 @@ def provenance(source: str, records: list[Masked]) -> Row:
 class Chunks:
     """One source's, or one part's of it: `close` ends it, and what follows begins anew, without overlap."""
 
-    def __init__(self, budget: int, overlap: int, tokens: TokenCount, counts: Counts, write: Write) -> None:
-        """`budget`: tokens of a row's text. `overlap`: records."""
+    def __init__(
+        self, budget: int, overlap: int, overlap_tokens: int, tokens: TokenCount, counts: Counts, write: Write
+    ) -> None:
+        """`budget`: tokens of a row's text. `overlap`: records; `overlap_tokens`: if not 0, so many."""
+        self._overlap_tokens = overlap_tokens
         self._budget, self._overlap, self._tokens, self._counts, self._write = budget, overlap, tokens, counts, write
         self.source = ""
         self._held: list[Masked] = []
@@ -79,7 +82,10 @@ class Chunks:
         """The last records, as far as they leave more than half of the next row."""
         keep = 0
         room = min(self._budget // 2, self._budget - size)
-        for each in reversed(self._sizes[-self._overlap :] if self._overlap else []):
+        last = self._sizes[-self._overlap :] if self._overlap else []
+        if self._overlap_tokens:
+            room, last = min(room, self._overlap_tokens), self._sizes
+        for each in reversed(last):
             if each > room:
                 break
             room -= each

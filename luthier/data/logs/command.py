@@ -48,6 +48,9 @@ def command(
         typer.Option(metavar="MODEL", help="Model whose tokenizer counts. Default: an estimate, 2 bytes a token."),
     ] = None,
     overlap: Annotated[int, typer.Option(help="Records that a completion row repeats of the one before.")] = 2,
+    overlap_tokens: Annotated[
+        int, typer.Option(help="Or so many tokens of whole records, instead of a number of them.")
+    ] = 0,
     context: Annotated[int, typer.Option(help="Records before, for next-line, at most.")] = 10,
     validation: Annotated[
         str | None, typer.Option(metavar="FILE", help="Rows of the last part of each source go there.")
@@ -82,6 +85,9 @@ def command(
     label_key: Annotated[
         str | None, typer.Option(metavar="REGEX", help="How a key looks in a record. Default: blk_... of HDFS.")
     ] = None,
+    label_columns: Annotated[
+        str | None, typer.Option(metavar="KEY,LABEL", help="Names of the two columns. Default: the first two.")
+    ] = None,
     storage_option: Annotated[
         Texts, typer.Option(metavar="KEY=VALUE", help="For the driver of a URL, such as anon=true; may be repeated.")
     ] = None,
@@ -101,6 +107,7 @@ def command(
         tasks=tasks_of(kinds or []),
         max_tokens=max_tokens,
         overlap=overlap,
+        overlap_tokens=overlap_tokens,
         tokenizer=tokenizer,
         keep_per_template=keep_per_template,
         max_templates=max_templates,
@@ -114,6 +121,7 @@ def command(
         encoding=encoding,
         labels=labels,
         label_key=label_key,
+        label_columns=label_columns,
         context=context,
         limit=limit or (DRY_RECORDS if dry_run else 0),
         validation=validation,
@@ -184,7 +192,8 @@ def _check(settings: Settings) -> None:
     s = settings
     at_least = (
         ("--max-tokens", s.max_tokens, 16 if s.tasks == ("completion",) else 128),
-        ("--overlap", s.overlap, 0), ("--context", s.context, 1), ("--keep-per-template", s.keep_per_template, 0),
+        ("--overlap", s.overlap, 0), ("--overlap-tokens", s.overlap_tokens, 0),
+        ("--context", s.context, 1), ("--keep-per-template", s.keep_per_template, 0),
         ("--max-templates", s.max_templates, 1), ("--max-line-bytes", s.max_line_bytes, 256), ("--limit", s.limit, 0),
     )  # fmt: skip
     for option, number, least in at_least:
@@ -200,6 +209,8 @@ def _check(settings: Settings) -> None:
         )
     if s.labels is not None and "anomaly" not in s.tasks:
         raise ConfigError("--labels: only the rows of --as anomaly have labels")
+    if s.label_columns is not None and s.labels is None:
+        raise ConfigError("--label-columns: there is no --labels FILE.csv that they are of")
     if s.record_start:
         own_start(s.record_start)
 

@@ -28,6 +28,7 @@ _ODD = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x80-\x9f]")
 _COLOURS = re.compile(r"\x1b(?:\[[0-9;?]*[A-Za-z]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[()][A-Z0-9])")
 _NOT_CP1252 = (0x81, 0x8D, 0x8F, 0x90, 0x9D)
 _LINE_END = re.compile(rb"\r\n|\n|\r")
+_WIDE_END = re.compile("\r\n|\n|\r")
 _KINDS = (
     (b"\x7fELF", "programs"), (b"MZ", "programs"),
     (b"\x89PNG", "images"), (b"\xff\xd8\xff", "images"), (b"GIF8", "images"),
@@ -151,9 +152,14 @@ class Decoder:
         return end
 
     def _last_wide_end(self, data: bytes) -> int:
-        mark = "\n".encode(self._encoding)
-        at = len(data)
-        while (at := data.rfind(mark, 0, at)) >= 0:
+        """As `_last_end`, in units of two bytes."""
+        even = len(data) - len(data) % 2
+        end = self._behind_last("\n", data, even)
+        return max(end, self._behind_last("\r", data, even - 2))
+
+    def _behind_last(self, character: str, data: bytes, at: int) -> int:
+        mark = character.encode(self._encoding)
+        while (at := data.rfind(mark, 0, max(at, 0))) >= 0:
             if at % 2 == 0:
                 return at + 2
             at += 1
@@ -254,23 +260,24 @@ class Decoder:
     def _wide_lines(self, data: bytes) -> Lines:
         text = data.decode(self._encoding, "replace")
         self._counts["characters_replaced"] += text.count("\ufffd")
-        if text.endswith("\n"):
-            text = text[:-1]
-            ends = True
-        else:
-            ends = False
         lines: Lines = []
-        for part in text.split("\n"):
-            size = 2 * (len(part) + sum(ch > "\uffff" for ch in part)) + 2
-            part = part.removesuffix("\r")
-            if len(part) > self._max:
-                self._counts["lines_cut"] += 1
-                self._counts["bytes_cut"] += 2 * (len(part) - self._max)
-                part = part[: self._max]
-            lines.append((self._clean(part), size))
-        if not ends:
-            lines[-1] = (lines[-1][0], lines[-1][1] - 2)
+        at = 0
+        for found in _WIDE_END.finditer(text):
+            end = found.start()
+            lines.append(self._wide_line(text[at:end], found.end() - end))
+            at = found.end()
+        if at < len(text):
+            lines.append(self._wide_line(text[at:], 0))
         return lines
+
+    def _wide_line(self, text: str, units: int) -> tuple[str, int]:
+        """`units`: of two bytes, of its end."""
+        size = 2 * (len(text) + units + (0 if text.isascii() else sum(ch > "\uffff" for ch in text)))
+        if len(text) > self._max:
+            self._counts["lines_cut"] += 1
+            self._counts["bytes_cut"] += 2 * (len(text) - self._max)
+            text = text[: self._max]
+        return self._clean(text), size
 
 
 def _split_anywhere(data: bytes) -> tuple[list[bytes], list[int]]:

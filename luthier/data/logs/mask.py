@@ -1,7 +1,9 @@
 """Secrets and personal data -> placeholders such as <IP>, by patterns that are stated here, each with its count.
 
-The patterns look at digits only as digits, so that whether one can match a text is known from the text's shape (all
-digits as zeros): the shapes of a log repeat, its texts do not, and what was found out for a shape is remembered.
+Most masks look for words, and whether one of them can match a text is known from the text's shape, in which each
+number is one zero: the shapes of a log repeat, its texts do not, and what was found out for a shape is remembered.
+The others (cards, hardware addresses, random strings) are of digits of a certain length: records that may hold one
+are picked out of a whole block by patterns that are quick.
 What is masked beyond doubt cannot be said by any pattern; docs/logs.md says what each finds.
 """
 
@@ -13,8 +15,9 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from luthier.config.secrets import TOKEN_SHAPES
@@ -27,8 +30,6 @@ _H = "[0-9A-Fa-f]"
 def _luhn(text: str) -> bool:
     """Whether digits are a card's: the check digit is right."""
     digits = [int(ch) for ch in text if ch.isdigit()]
-    if not 2 <= digits[0] <= 6:
-        return False
     if not 2 <= digits[0] <= 6:
         return False
     doubled = [sum(divmod(2 * d, 10)) for d in digits[-2::-2]]
@@ -73,7 +74,7 @@ _BEFORE_SECRET = (
     r"(?:pass(?:word|wd|phrase)?|pwd|secret|api[_-]?key|access[_-]?key(?:[_-]?id)?|secret[_-]?key|private[_-]?key|token"
     r"|auth[_-]?token|client[_-]?secret|credentials?|session[_-]?id|cookie)"
 )
-_USER = r"[^\s:;,\"'()\[\]<>=|]+"
+_USER = r"[^\s\x00:;,\"'()\[\]<>=|]+"
 MASKS = (
     _mask("private-key", r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----[^-\x00]*(?:-----END [A-Z0-9 ]*PRIVATE KEY[A-Z ]*-----)?",
           "blocks between BEGIN and END PRIVATE KEY"),
@@ -83,7 +84,7 @@ MASKS = (
           "keys of AWS, GitHub, GitLab, Slack, Google, Hugging Face, OpenAI, npm, PyPI"),
     _mask("bearer", r"(?i:\b(?:bearer|basic)\s+)(?P<s>[A-Za-z0-9._~+/=-]{16,})", "what follows Bearer or Basic"),
     _mask("login", r"(?<=://)(?P<s>[^\s/@:\x00]+:[^\s/@\x00]+)(?=@)", "name and password in a URL"),
-    _mask("password", rf"(?i:[\w.-]*{_BEFORE_SECRET}[\"']?(?:=|\s=\s|:\s?))(?:\"(?P<s>[^\"\x00]+)\"|'(?P<t>[^'\x00]+)'|(?P<u>[^\s\"',;&<>(){{}}\[\]\x00]+))",
+    _mask("password", rf"(?i:{_BEFORE_SECRET}[\"']?(?:=|\s=\s|:\s?))(?:\"(?P<s>[^\"\x00]+)\"|'(?P<t>[^'\x00]+)'|(?P<u>[^\s\"',;&<>(){{}}\[\]\x00]+))",
           "values behind password=, token:, api_key= and the like"),
     _mask("email", r"(?<![\w.+-])[\w.+-]{1,64}@(?:[A-Za-z0-9-]{1,63}\.)+[A-Za-z]{2,24}\b", "e-mail addresses"),
     _mask("mac", rf"(?<![\w:-])(?:{_H}{{2}}[:-]){{5}}{_H}{{2}}(?![\w:-])", "MAC addresses"),
@@ -104,12 +105,13 @@ MASKS = (
           "names of hosts", on=False),
 )  # fmt: skip
 NAMES = tuple(mask.name for mask in MASKS)
-_DIGITS = bytes.maketrans(b"123456789", b"000000000")
+_NUMBER = re.compile(r"\d[0-9A-Fa-f]*", re.ASCII)
+_LETTERS_BEFORE = re.compile("[A-Fa-f]+0")
 
 
 def shape(text: str) -> str:
-    """The text with all digits as zeros."""
-    return text.encode("utf-8", "surrogatepass").translate(_DIGITS).decode("utf-8", "surrogatepass")
+    """The text with each number, and each hexadecimal one, as a single zero."""
+    return _LETTERS_BEFORE.sub("0", _NUMBER.sub("0", text))
 
 
 def chosen(mask: list[str], no_mask: list[str]) -> tuple[str, ...]:
@@ -155,33 +157,60 @@ def own_mask(text: str) -> tuple[str, str]:
     return name.lower(), pattern
 
 
-# What a text has to hold for a mask to find anything, in small letters: far quicker to look for than the pattern.
+# What a shape has to hold for a mask to find anything in its texts, in small letters: far quicker to look for than the
+# pattern. A letter up to f beside a number is no longer in a shape, so some of these are beginnings or ends of words.
 _HINTS: dict[str, tuple[str, ...]] = {
     "private-key": ("private key",),
     "jwt": ("eyj",),
-    "token": ("hf_", "sk-", "gh", "akia", "asia", "glpat-", "xox", "aiza", "npm_", "pypi-", "dop_v"),
+    "token": ("hf_", "sk-", "gh", "aki", "asi", "glpat-", "xox", "aiz", "npm_", "pypi-", "dop_v"),
     "bearer": ("bearer", "basic"),
     "login": ("://",),
-    "password": ("pass", "pwd", "secret", "key", "token", "credential", "session", "cookie"),
+    "password": ("pass", "pw", "secret", "key", "token", "redential", "session", "ooki"),
     "email": ("@",),
-    "ip": ("0.0",),
-    "card": ("0000",),
+    "ip": ("0.0.0.0",),
     "user": ("user", "login", "logname", "account", "uname", "owner", " for "),
     "home": ("/home/", "/users/", "\\users\\"),
     "host": (".",),
 }
+# Masks without a length in their pattern, and without a second look: they find nothing in a text if not in its shape.
+_OF_SHAPE = frozenset(("login", "password", "user", "home"))
+_BETWEEN = "\x00"  # no record has one, and no pattern matches it
 
 
-_LONG_WORD = re.compile(r"[A-Za-z0-9+/_-]{32}")
-_HEX_PAIR = re.compile(r"::|[0-9a-f][:-][0-9a-f]{1,4}[:-][0-9a-f]{1,4}[:-][0-9a-f]{1,4}[:-]")
+def _as(letter: bytes, characters: str) -> bytes:
+    """A table for `translate`: all of these as one letter."""
+    told = characters.encode()
+    return bytes.maketrans(told, letter * len(told))
 
 
-def _worth_a_look(name: str, low: str) -> bool:
-    if name == "secret":
-        return _LONG_WORD.search(low) is not None
-    if name in ("mac", "ipv6"):
-        return _HEX_PAIR.search(low) is not None
-    return any(hint in low for hint in _HINTS[name])
+_DIGITS = "0123456789"
+_HEX = _DIGITS + "abcdefABCDEF"
+_WORDY = _HEX + "ghijklmnopqrstuvwxyzGHIJKLMNOPQRSTUVWXYZ+/_-"
+# Masks of numbers with a certain length: a table, what shortens runs of zeros, and what then is in a text that has one.
+_MAY_BE: dict[str, tuple[bytes, bool, tuple[bytes, ...]]] = {
+    "mac": (_as(b"0", _HEX), False, (b":00:00:00:", b"-00-00-00-")),
+    "ipv6": (_as(b"0", _HEX), True, (b"::", b":0:0:0:")),
+    "card": (_as(b"0", _DIGITS), False,
+             (b"0" * 15, b"0000 0000 0000 ", b"0000-0000-0000-", b"0000 000000 0", b"0000-000000-0")),
+    "secret": (_as(b"0", _WORDY), False, (b"0" * 32,)),
+}  # fmt: skip
+_LONG = re.compile("[A-Za-z0-9+/_-]{32,}")
+_LONG_PART = re.compile("[A-Za-z0-9+]{18}")  # without which `_random` says no
+
+
+def _places(joined: bytes, mark: bytes) -> Iterator[int]:
+    """Which of the texts that were joined have a mark."""
+    at, begin = 0, 0
+    while (found := joined.find(mark, begin)) >= 0:
+        at += joined.count(b"\x00", begin, found)
+        yield at
+        begin = joined.find(b"\x00", found)
+        if begin < 0:
+            return
+
+
+def _may_be_random(text: str) -> bool:
+    return any(_LONG_PART.search(found) is not None for found in _LONG.findall(text))
 
 
 class Masker:
@@ -189,10 +218,13 @@ class Masker:
 
     def __init__(self, names: tuple[str, ...], own: tuple[tuple[str, str], ...], key_file: str | None, counts: Counts):
         """`key_file`: with one, a placeholder has a pseudonym of the secret in it: <IP_3fa2c1d0>."""
-        self._own = [
+        self._own = tuple(
             Mask(name, f"<{name.upper().replace('-', '_')}>", re.compile(pattern), "", by_shape=False) for name, pattern in own
-        ]
-        self._known = self._here = [mask for mask in MASKS if mask.name in names]
+        )
+        known = [mask for mask in MASKS if mask.name in names]
+        self._order = {mask.name: n for n, mask in enumerate(known)}
+        self._by_words = [(mask, _HINTS[mask.name]) for mask in known if mask.name in _HINTS]
+        self._by_length = [(mask, _MAY_BE[mask.name]) for mask in known if mask.name in _MAY_BE]
         self._counts = counts
         self._key: bytes | None = None
         if key_file is not None:
@@ -200,18 +232,30 @@ class Masker:
                 self._key = hashlib.blake2b(Path(key_file).expanduser().read_bytes()).digest()
             except OSError as error:
                 raise ConfigError(f"--pseudonyms {key_file}: cannot be read: {error.strerror}") from error
-        self.depends_on_text = bool(self._own)
-        """Whether it takes more than a text's shape to know what is masked."""
+        self.depends_on_text = bool(own)
+        """Whether it takes more than a text's shape to know what is masked in it."""
 
-    def that_may_match(self, shaped: str) -> tuple[Mask, ...]:
-        """Of the masks that take all digits alike, those that find something in a text of this shape; and all others."""
-        found = [mask for mask in self._here if mask.pattern.search(shaped)]
-        return (*self._own, *found)
+    def shapes(self, texts: list[str]) -> tuple[list[str], dict[int, tuple[Mask, ...]]]:
+        """The shape of each text, and the masks that look for numbers of a certain length, for the texts (by their
+        places) in which these may find one."""
+        joined = _BETWEEN.join(texts)
+        data = joined.encode("utf-8", "surrogatepass")
+        found: dict[int, tuple[Mask, ...]] = {}
+        for mask, (table, shortened, marks) in self._by_length:
+            told = data.translate(table)
+            if shortened:
+                told = told.replace(b"0000", b"0").replace(b"00", b"0").replace(b"00", b"0")
+            for at in sorted({at for mark in marks for at in _places(told, mark)}):
+                if mask.name != "secret" or _may_be_random(texts[at]):
+                    found[at] = (*found.get(at, ()), mask)
+        return shape(joined).split(_BETWEEN), found
 
-    def look_at(self, texts: list[str]) -> None:
-        """The texts that are masked next: most masks have nothing to find in any of them."""
-        low = shape("\n".join(texts)).lower()
-        self._here = [mask for mask in self._known if _worth_a_look(mask.name, low)]
+    def that_may_match(self, shaped: str, by_length: tuple[Mask, ...] = ()) -> tuple[Mask, ...]:
+        """All that may find something in a text of this shape, in the order in which they are used."""
+        low = shaped.lower()
+        found = [mask for mask, hints in self._by_words if any(hint in low for hint in hints)]
+        found = [mask for mask in found if mask.name not in _OF_SHAPE or mask.pattern.search(shaped)]
+        return (*self._own, *sorted((*found, *by_length), key=lambda mask: self._order[mask.name]))
 
     def masked(self, text: str, masks: tuple[Mask, ...]) -> str:
         for mask in masks:
@@ -220,10 +264,10 @@ class Masker:
                 if n:
                     self._counts[f"masked.{mask.name}"] += n
             else:
-                text = mask.pattern.sub(lambda found, mask=mask: self._replaced(found, mask), text)  # type: ignore[misc]
+                text = mask.pattern.sub(partial(self._replaced, mask), text)
         return text
 
-    def _replaced(self, found: re.Match[str], mask: Mask) -> str:
+    def _replaced(self, mask: Mask, found: re.Match[str]) -> str:
         """The match with its secret replaced: that is the group that took part, or all of it."""
         group = found.lastindex if mask.by_shape and found.lastindex else 0
         secret = found[group]

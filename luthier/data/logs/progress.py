@@ -69,7 +69,7 @@ class Progress:
     def write(self, part: str, line: bytes) -> None:
         self._files[part].write(line)
 
-    def save(self, state: dict[str, Any], seen: bytes) -> None:
+    def save(self, state: dict[str, Any], seen: bytes | memoryview) -> None:
         """A note, behind which nothing that was written so far is lost."""
         for file in self._files.values():
             file.flush()
@@ -85,8 +85,8 @@ class Progress:
             if old.name != f"seen-{self._number}.bin":
                 old.unlink()
 
-    def seen(self) -> bytes:
-        return (self.folder / f"seen-{self._number}.bin").read_bytes()
+    def seen(self) -> Path:
+        return self.folder / f"seen-{self._number}.bin"
 
     def rows(self, part: str) -> Path:
         """The file of a part's rows, with all of them in it."""
@@ -103,7 +103,7 @@ class Progress:
         shutil.rmtree(self.folder)
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def _write_synced(path: Path, data: bytes | memoryview) -> None:
     with path.open("wb") as file:
         file.write(data)
         file.flush()

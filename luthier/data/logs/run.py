@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from luthier.data.logs import settings as bounds
@@ -13,10 +14,10 @@ from luthier.data.logs.chunks import Chunks, Masked, Row
 from luthier.data.logs.counts import Counts
 from luthier.data.logs.decode import SNIFFED, Decoder, binary_kind, encoding_of
 from luthier.data.logs.labels import Labels
-from luthier.data.logs.mask import Mask, Masker, shape
+from luthier.data.logs.mask import Mask, Masker
 from luthier.data.logs.progress import Progress
 from luthier.data.logs.records import Joiner, Record, Starts, own_start, starts_of
-from luthier.data.logs.repeats import Seen, is_kept
+from luthier.data.logs.repeats import Memo, Seen, is_kept
 from luthier.data.logs.settings import Settings
 from luthier.data.logs.sources import Source
 from luthier.data.logs.streams import blocks, size_of
@@ -47,8 +48,8 @@ class Preparation:
         self._tokens = TokenCount(settings.tokenizer)
         self._masker = Masker(settings.masks, settings.mask_patterns, settings.pseudonyms, self.counts)
         self._seen = Seen(bounds.SEEN_SLOTS)
-        # Shape -> its masks, its template or -1 where that depends on more than the shape.
-        self._shapes: dict[str, tuple[tuple[Mask, ...], int]] = {}
+        # Shape -> its masks and its template.
+        self._shapes: Memo[tuple[tuple[Mask, ...], int]] = Memo(bounds.MEMO_BYTES)
         self._kept: dict[str, dict[int, int]] = {"train": {}, "validation": {}}  # template -> its records in that part
         self._part = "train"
         self._chunks: Chunks | None = None
@@ -62,6 +63,9 @@ class Preparation:
         if progress is not None and progress.note is not None:
             self._restore(progress.note["state"], progress.seen())
 
+    def _labels(self) -> Labels:
+        return Labels(self.settings.labels or "", self.settings.label_key, self.settings.label_columns)
+
     def _make_tasks(self) -> None:
         settings = self.settings
         budget = settings.max_tokens - self._tokens.around
@@ -71,11 +75,11 @@ class Preparation:
             "template": lambda: Template(*told),
             "next-line": lambda: NextLine(*told, settings.context),
             "summarise": lambda: Summarise(*told),
-            "anomaly": lambda: Anomaly(*told, Labels(settings.labels or "", settings.label_key)),
+            "anomaly": lambda: Anomaly(*told, self._labels()),
         }
         for name in settings.tasks:
             if name == "completion":
-                self._chunks = Chunks(budget, settings.overlap, self._tokens, self.counts, self._write)
+                self._chunks = Chunks(budget, settings.overlap, settings.overlap_tokens, *told[1:])
             else:
                 self._tasks.append(makers[name]())
 
@@ -182,16 +186,16 @@ class Preparation:
     def _records(self, source: Source, records: list[Record]) -> None:
         if not records:
             return
-        counts, settings, templates, sizes = self.counts, self.settings, self.templates, self.templates.sizes
+        counts, settings, sizes = self.counts, self.settings, self.templates.sizes
         tasks, chunks = self._tasks, self._chunks
-        self._masker.look_at([record.text for record in records])
-        for record in records:
+        shapes, by_length = self._masker.shapes([record.text for record in records])
+        for at, (record, shape) in enumerate(zip(records, shapes, strict=True)):
             if settings.limit and counts["records"] >= settings.limit:
                 raise _Enough
             counts["records"] += 1
             if record.start >= self._cut and self._part == "train":
                 self._begin_validation()
-            text, template = self._masked(record.text)
+            text, template = self._masked(record.text, shape, by_length.get(at, ()))
             sizes[template] = sizes.get(template, 0) + 1
             kept = True
             if settings.dedup and not self._seen.first(text):
@@ -212,39 +216,27 @@ class Preparation:
                 masked = Masked(text, template, record.start, record.end, record.line, record.line + record.lines - 1)
                 for task in tasks:
                     task.see(masked, record.text, kept)
-        counts["templates"] = len(templates)
+        counts["templates"] = len(self.templates)
 
     def _keep(self) -> int:
         """Of a template, in this part: validation gets its share."""
         keep = self.settings.keep_per_template
         return keep if self._part == "train" or not keep else max(1, round(keep * self.settings.validation_share))
 
-    def _masked(self, text: str) -> tuple[str, int]:
+    def _masked(self, text: str, shape: str, by_length: tuple[Mask, ...]) -> tuple[str, int]:
         """The text without secrets, and its template."""
-        shaped = shape(text)
-        known = self._shapes.get(shaped)
-        if known is None:
-            masks = self._masker.that_may_match(shaped)
-            masked = self._masker.masked(text, masks) if masks else text
-            forgotten = self.templates.forgotten
-            template = self.templates.of(masked)
-            if len(self._shapes) >= bounds.MAX_SHAPES or forgotten != self.templates.forgotten:
-                self._shapes.clear()
-            by_shape = not self._masker.depends_on_text and all(mask.check is None for mask in masks)
-            if len(shaped) <= _LONGEST_SHAPE:
-                self._shapes[shaped] = (masks, template if by_shape else -1)
-            return masked, template
-        masks, template = known
-        if masks:
-            text = self._masker.masked(text, masks)
-        return text, template if template >= 0 else self._template(text)
-
-    def _template(self, masked: str) -> int:
-        forgotten = self.templates.forgotten
-        template = self.templates.of(masked)
-        if forgotten != self.templates.forgotten:
-            self._shapes.clear()
-        return template
+        masker = self._masker
+        known = None if by_length else self._shapes.get(shape)
+        if known is not None:
+            masks, template = known
+            return masker.masked(text, masks) if masks else text, template
+        masks = masker.that_may_match(shape, by_length)
+        text = masker.masked(text, masks) if masks else text
+        template = self.templates.of(text)
+        # Long texts hardly come twice.
+        if not by_length and not masker.depends_on_text and len(shape) <= _LONGEST_SHAPE:
+            self._shapes.put(shape, (masks, template))
+        return text, template
 
     # --- rows
 
@@ -308,6 +300,9 @@ class Preparation:
     def note(self) -> None:
         """How far it went, for a run that goes on from here."""
         self._since = 0
+        # What is only remembered to save work is not written down: who goes on from here begins without it, too.
+        self._shapes.forget()
+        self.templates.forget()
         if self.progress is None:
             return
         stages = {task.name: task.state() for task in self._tasks}
@@ -323,7 +318,7 @@ class Preparation:
         }
         self.progress.save(state, self._seen.dump())
 
-    def _restore(self, state: dict[str, Any], seen: bytes) -> None:
+    def _restore(self, state: dict[str, Any], seen: Path) -> None:
         self._at, self._part = state["at"], state["part"]
         self.counts.update(state["counts"])
         self.templates.restore(state["templates"])
@@ -338,7 +333,7 @@ class Preparation:
 
 
 _LONGEST_SHAPE = 500
-"""Characters of a text whose shape is remembered: long ones hardly come twice, and memory has a bound."""
+"""Characters of a shape that is remembered."""
 
 
 def _chained(first: list[bytes], stream: Iterator[bytes]) -> Iterator[bytes]:

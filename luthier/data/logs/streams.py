@@ -105,8 +105,8 @@ class _Zstd:
 
     def decompress(self, data: bytes, max_length: int = -1) -> bytes:
         data = self._more + data
-        # 16 KiB of zstd are some MB of the most repetitive text.
-        first, self._more = data[:16384], data[16384:]
+        # 2 KiB of zstd are some MB of the most repetitive text.
+        first, self._more = data[:2048], data[2048:]
         return bytes(self._inner.decompress(first))
 
     @property

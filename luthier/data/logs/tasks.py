@@ -205,8 +205,8 @@ class Anomaly(Task):
         if session["length"] < bounds.MAX_SESSION_CHARACTERS:
             text = record.text[: bounds.MAX_SESSION_CHARACTERS]
             session["texts"].append(text)
-            session["length"] += len(text)
-            self._characters += len(text)
+            session["length"] += len(text) + 100  # that is what a text takes besides its characters
+            self._characters += len(text) + 100
 
     def _finish(self, key: str, session: dict[str, Any]) -> None:
         self._characters -= session["length"]

@@ -86,7 +86,8 @@ def find_files(address: str) -> list[Stamp]:
                 found = {}
         stamps = [_stamp(system, info) for _, info in sorted(found.items()) if info.get("type") != "directory"]
     if not stamps:
-        raise DataError(f"{address}: there is no such file, and none that matches.")
+        silent = ", or the server does not answer" if http else ""
+        raise DataError(f"{address}: there is no such file, and none that matches{silent}.")
     return stamps
 
 

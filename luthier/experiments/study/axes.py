@@ -10,13 +10,14 @@ last. In a search an axis may be a range instead, and a sampler chooses (`search
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from luthier.config.overrides import apply_overrides
 from luthier.config.yaml_source import Path_, Source
+from luthier.experiments.study.expressions import follows_itself
 from luthier.experiments.study.results import Goal
 
 Keep = Literal["all", "results", "figures"]
@@ -164,3 +165,23 @@ def ends(axis: Axis | Range) -> Iterator[Option]:
         return
     for value in (axis.low, axis.high):
         yield Option({axis.key: value}, {axis.key: value}, axis.place)
+
+
+def without_relative(varied: Mapping[str, str], axes: Sequence[Axis]) -> dict[str, str]:
+    """`varied` without the keys whose every value follows from the base's: the base's may be overridden."""
+    fixed = {
+        key
+        for axis in axes
+        for option in axis.options
+        for key, value in option.changes.items()
+        if not follows_itself(key, value)
+    }
+    listed = {key for axis in axes for option in axis.options for key in option.changes}
+    return {key: by for key, by in varied.items() if key in fixed or key not in listed}
+
+
+def overlap(one: str, other: str) -> bool:
+    """Whether two dotted keys are the same, or one lies inside of the other."""
+    first, second = one.replace("-", "_").split("."), other.replace("-", "_").split(".")
+    shorter = min(len(first), len(second))
+    return first[:shorter] == second[:shorter]

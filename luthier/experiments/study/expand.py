@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,11 +19,15 @@ from typing import Any
 
 from luthier.config import Config
 from luthier.config.emit import short_yaml
+from luthier.config.names import nearest
 from luthier.config.schema import FIELDS
 from luthier.config.yaml_source import Path_
 from luthier.errors import ConfigError
 from luthier.experiments.study.axes import MOST_RUNS, OWN, Axis, Option, Placed, Study, ends
 from luthier.experiments.study.expressions import ExpressionError, evaluate, follows_itself, is_expression
+from luthier.experiments.study.results import KNOWN_FIGURES
+
+log = logging.getLogger("luthier")
 
 # Keys that say where a run is written and who is told of it, and nothing of what it comes to.
 _NOT_COUNTED = {*OWN, "save_steps", "saves_per_epoch", "save_total_limit", "report_to"}
@@ -238,18 +243,22 @@ def _compute(source: Placed, changed: Mapping[str, Any]) -> dict[str, int | floa
 
 
 def check_metric(study: Study, runs: Sequence[Planned]) -> None:
-    """Raises ConfigError where the metric needs validation data, and a run has none."""
-    from luthier.config.needs import evaluates
+    """Raises ConfigError where the metric has to be measured on held-out data, and a run does not.
 
+    Which figures a run leaves is known when the first one ends. A name that looks like a slip is said before.
+    """
+    from luthier.config.needs import without_eval_loss
+
+    if study.metric not in KNOWN_FIGURES and (near := nearest(study.metric, KNOWN_FIGURES)):
+        place = study.source.where(("metric",))
+        log.warning("%s: metric: %s is looked for when the first run ends.%s", place, study.metric, near)
     if not study.metric.startswith("eval_"):
         return
-    without = [run.name for run in runs if not evaluates(run.config.flat())]
-    if without:
-        raise ConfigError(
-            f"{study.source.where(('metric',))}: {study.metric} needs validation data, and "
-            + ("there is none" if len(without) == len(runs) else f"{len(without)} of {len(runs)} runs have none")
-            + ": set val_set_size or test_datasets in base, or write `metric: loss`"
-        )
+    found = [why for run in runs if (why := without_eval_loss(run.config.flat())) is not None]
+    if found:
+        some = "" if len(found) == len(runs) else f" [{len(found)} of {len(runs)} runs]"
+        place = study.source.where(("metric",))
+        raise ConfigError(f"{place}: {study.metric} has to be measured, and {found[0]}, or write `metric: loss`{some}")
 
 
 def key_of(config: Config) -> str:

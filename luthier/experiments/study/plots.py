@@ -236,7 +236,7 @@ def _scatter(
             points.append((at[0], at[1], name, setting is compared.settings[0]))
     if len({x for x, *_ in points}) < 2 or len({y for _, y, *_ in points}) < 2:
         return Markup("")
-    labels = [(x, y, name) for x, y, name, _ in _labelled(points, from_zero)]
+    labels = [(x, y, name) for x, y, name, _ in _by_importance(points)]
     series = [
         Series("best" if best else "other settings", [(x, y) for x, y, _, b in points if b == best],
                "c2" if best else "c1", True, False,
@@ -254,21 +254,11 @@ def _scatter(
     )
 
 
-def _labelled(
-    points: Sequence[tuple[float, float, str, bool]], from_zero: bool
-) -> list[tuple[float, float, str, bool]]:
-    """The points that have room for words: the best, the ends, then as many as do not lie on each other."""
-    wide = max(x for x, *_ in points) - min(x for x, *_ in points)
-    high = max(y for _, y, *_ in points) - (0 if from_zero else min(y for _, y, *_ in points))
-    order = sorted(points, key=lambda point: not point[3])
-    if len(points) > MOST_LABELS:
-        first = [point for point in order if point[3]]
-        order = [*first, min(points), max(points), min(points, key=lambda p: p[1]), max(points, key=lambda p: p[1])]
-    kept: list[tuple[float, float, str, bool]] = []
-    for point in order:
-        if all(abs(point[1] - y) > 0.09 * high or abs(point[0] - x) > 0.6 * wide for x, y, *_ in kept):
-            kept.append(point)
-    return kept
+def _by_importance(points: Sequence[tuple[float, float, str, bool]]) -> list[tuple[float, float, str, bool]]:
+    """The points whose names are wanted, first the best; of many, it and the ends."""
+    best = [point for point in points if point[3]]
+    ends = [min(points), max(points), min(points, key=lambda p: p[1]), max(points, key=lambda p: p[1])]
+    return list(dict.fromkeys([*best, *(ends if len(points) > MOST_LABELS else points)]))
 
 
 def _figure(setting: Setting, name: str) -> float | None:

@@ -242,6 +242,14 @@ def goal_of(metric: str) -> Goal | None:
 OWN_FIGURES = ("seconds", "train_seconds", "peak_memory_gib", "tokens_per_second")
 
 
+# What runs leave; other figures are those of an objective, or of evaluations.
+KNOWN_FIGURES = (
+    "eval_loss", "eval_loss_best", "eval_perplexity", "eval_perplexity_best", "eval_token_accuracy",
+    "eval_token_accuracy_best", "loss", "final_loss", "token_accuracy", "grad_norm", "trainable_parameters",
+    "total_parameters", *OWN_FIGURES,
+)  # fmt: skip
+
+
 def fill(trial: Trial, run: Run, metric: str) -> None:
     """Take what a run came to into its row."""
     summary, found = run.summary, figures_of(run)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,9 @@ from luthier.experiments.study.axes import (
     Range,
     Search,
     Study,
+    overlap,
+    without_relative,
 )
-from luthier.experiments.study.expressions import follows_itself
 from luthier.experiments.study.reading import Reading
 from luthier.experiments.study.results import goal_of
 
@@ -88,7 +89,7 @@ class _Reader(Reading):
         keep = self.one_of("keep", ("all", "results", "figures"), "results")
         varied = self._check_varied(axes if search is None else search.axes, seeds)
         if base is not None:
-            self._override(base, overrides, _without_relative(varied, axes))
+            self._override(base, overrides, without_relative(varied, axes))
         said = self.text("output_dir")
         study = Study(
             name=name,
@@ -168,7 +169,7 @@ class _Reader(Reading):
         overrides = parse_overrides(arguments)
         for key in list(overrides.values):
             top = key.split(".")[0]
-            clash = next((each for each in varied if _overlap(each, key)), None)
+            clash = next((each for each in varied if overlap(each, key)), None)
             if clash is not None:
                 overrides.report(f"{key} is what the study varies ({varied[clash]}); change it there, or leave it out.")
             elif top in OWN:
@@ -296,7 +297,7 @@ class _Reader(Reading):
             own = [axis.key] if isinstance(axis, Range) else [key for each in axis.options for key in each.changes]
             for key in dict.fromkeys(own):
                 by = axis.key if isinstance(axis, Range) else axis.name
-                clash = next((each for each in varied if _overlap(each, key)), None)
+                clash = next((each for each in varied if overlap(each, key)), None)
                 if clash is not None:
                     self.report((), f"{key} is set by {by} and by {varied[clash]}; one of them has to go.")
             varied |= dict.fromkeys(own, axis.key if isinstance(axis, Range) else axis.name)
@@ -378,28 +379,8 @@ class _Reader(Reading):
         return None
 
 
-def _without_relative(varied: Mapping[str, str], axes: Sequence[Axis]) -> dict[str, str]:
-    """`varied` without the keys whose every value follows from the base's: the base's may be overridden."""
-    fixed = {
-        key
-        for axis in axes
-        for option in axis.options
-        for key, value in option.changes.items()
-        if not follows_itself(key, value)
-    }
-    listed = {key for axis in axes for option in axis.options for key in option.changes}
-    return {key: by for key, by in varied.items() if key in fixed or key not in listed}
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
-
-
-def _overlap(one: str, other: str) -> bool:
-    """Whether two dotted keys are the same, or one lies inside of the other."""
-    first, second = one.replace("-", "_").split("."), other.replace("-", "_").split(".")
-    shorter = min(len(first), len(second))
-    return first[:shorter] == second[:shorter]
 
 
 def _shown(path: Path_) -> str:

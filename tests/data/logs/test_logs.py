@@ -69,6 +69,7 @@ def decoded(data: bytes, size: int = 1 << 20, longest: int = 65536) -> tuple[lis
         (b"10%\r20%\rdone\nnext\r\n", ["10%", "20%", "done", "next"]),
         ("\ufeffé\n日本\n".encode(), ["é", "日本"]),
         ("é😀\r\nb\r\nlonger text here".encode("utf-16"), ["é😀", "b", "longer text here"]),
+        ("a\rb\nc\r\n\rd😀\r".encode("utf-16"), ["a", "b", "c", "", "d😀"]),
         (("plain words\n" * 4).encode("utf-16-be"), ["plain words"] * 4),
         ("caf\u00e9 \u2013 ok\n".encode("cp1252"), ["café – ok"]),
         (b"caf\xe9 \x81\n", ["café "]),  # 0x81 means nothing in Windows-1252, and is a control character in Latin-1
@@ -149,6 +150,12 @@ def test_a_record_has_a_bound() -> None:
 # --- masks
 
 
+def all_masks(masker: masks.Masker, text: str) -> tuple[masks.Mask, ...]:
+    """As a run picks them: for a text among others."""
+    shapes, by_length = masker.shapes(["before 1", text, "behind ::"])
+    return masker.that_may_match(shapes[1], by_length.get(1, ()))
+
+
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
@@ -180,14 +187,14 @@ def test_a_record_has_a_bound() -> None:
 def test_masks(text: str, wanted: str) -> None:
     counts = Counts()
     masker = masks.Masker(masks.chosen([], []), (), None, counts)
-    assert masker.masked(text, masker.that_may_match(masks.shape(text))) == wanted
+    assert masker.masked(text, all_masks(masker, text)) == wanted
     assert bool(counts.of("masked")) == (text != wanted)
 
 
 def test_pseudonyms_are_the_same_for_the_same(tmp_path: Path) -> None:
     (tmp_path / "key").write_bytes(b"k")
     masker = masks.Masker(("ip",), (("order", r"ORD\d+"),), str(tmp_path / "key"), Counts())
-    said = [masker.masked(text, masker.that_may_match(masks.shape(text))) for text in ("10.0.0.1 10.0.0.2 10.0.0.1", "ORD7 10.0.0.1")]
+    said = [masker.masked(text, all_masks(masker, text)) for text in ("10.0.0.1 10.0.0.2 10.0.0.1", "ORD7 10.0.0.1")]
     first, second, again = said[0].split()
     assert first == again == said[1].split()[1] != second
     assert said[1].startswith("<ORDER_")
@@ -203,13 +210,15 @@ def test_thinning_keeps_ever_fewer() -> None:
     assert all(is_kept(k, 0) for k in kept)
 
 
-def test_duplicates_are_found_in_bounded_memory() -> None:
-    seen = Seen(1 << 17)
-    assert all(seen.first(f"r{n}") for n in range(20_000))
-    # A bucket may be full before the table is.
-    assert sum(seen.first(f"r{n}") for n in range(20_000)) < 40 and seen.forgotten < 40
-    assert all(seen.first(f"s{n}") for n in range(300_000))
-    assert len(seen.dump()) == 8 << 17 and seen.forgotten > 0
+def test_nothing_is_forgotten_until_the_table_is_nearly_full() -> None:
+    seen, start = Seen(1 << 15), "record "
+    full = 24_576  # three quarters of the places, through one doubling
+    assert all(seen.first(f"{start}{n}") for n in range(full))
+    assert not any(seen.first(f"{start}{n}") for n in range(full)) and seen.forgotten == 0
+    assert all(seen.first(f"other {n}") for n in range(60_000))
+    # The last ones are known, however many there were.
+    assert not any(seen.first(f"other {n}") for n in range(50_000, 60_000)) and seen.forgotten > 50_000
+    assert seen.dump().nbytes == 8 << 15
 
 
 # --- severity
@@ -289,6 +298,14 @@ def test_rows_say_where_they_are_from_and_nothing_is_lost(logs: Path) -> None:
     assert sum(each["records"] for each in rows_of(Path("d.jsonl.templates.jsonl"))) == 1200
 
 
+def test_an_overlap_in_tokens(logs: Path) -> None:
+    assert prepare(logs, "--out", "d.jsonl", "--max-tokens", 500, "--keep-per-template", 0, "--overlap-tokens", 150) == 0
+    rows = [row["text"].split("\n") for row in rows_of(Path("d.jsonl"))]
+    for before, after in itertools.pairwise(rows):
+        again = [text for text in after if text in before]
+        assert again == before[-len(again) :] and 100 < len("\n".join(again)) / 2 <= 150
+
+
 def test_validation_is_the_last_part_and_shares_nothing(logs: Path) -> None:
     assert prepare(logs, "--out", "d.jsonl", "--validation", "v.jsonl", "--validation-share", 0.25, "--keep-per-template", 0,
                    "--max-tokens", 600) == 0  # fmt: skip
@@ -328,6 +345,11 @@ def test_sessions_and_their_labels(logs: Path) -> None:
     assert set(rows) == {f"blk_{k}" for k in range(-5, 4)}  # blk_4 has no label
     assert rows["blk_3"]["output"] == "anomalous" and rows["blk_-5"]["output"] == "normal"
     assert all(len(row["input"].split("\n")) == row["provenance"]["records"] == 10 for row in rows.values())
+    # Other columns, and another key.
+    Path("labels.csv").write_text("Label,note,step\n0,a,11\n1,b,12\n")
+    named = ["--label-columns", "step,Label", "--label-key", r"step (\d+)"]
+    assert prepare(logs, "--out", "e.jsonl", "--as", "anomaly", "--labels", "labels.csv", *named) == 0
+    assert [row["output"] for row in rows_of(Path("e.jsonl"))] == ["normal", "anomalous"]
 
 
 def test_memory_filesystem_as_source_and_output(logs: Path) -> None:
@@ -363,6 +385,7 @@ def test_memory_filesystem_as_source_and_output(logs: Path) -> None:
         (["logs", "--out", "d.jsonl", "--tokenizer", "./nope"], "there is no such folder"),
         (["logs", "--out", "d.jsonl", "--encoding", "utf-99"], "Python knows no such encoding"),
         (["logs/old", "--out", "d.jsonl"], "no row came out"),
+        (["logs", "--out", "d.jsonl", "--label-columns", "a,b"], "there is no --labels"),
         (["nosuch://x", "--out", "d.jsonl"], "nosuch"),
     ],
 )
@@ -397,7 +420,7 @@ def test_a_dry_run_writes_nothing(logs: Path, capfd: pytest.CaptureFixture[str])
 
 # --- resuming
 
-KINDS = ["completion", "severity,template,next-line,summarise"]
+KINDS = [pytest.param("completion", marks=pytest.mark.slow), "severity,template,next-line,summarise"]
 KILLED = """
 import os, signal, sys
 from luthier.data.logs import settings, progress
@@ -440,7 +463,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(logs: Path, kinds: str, monkeypa
     wanted = {name: Path(name).read_bytes() for name in names}
     for name in names:
         Path(name).unlink()
-    for kill_at in (1, 4, 9):  # one after the other: it goes on from where it was killed
+    for kill_at in (1, 6):  # one after the other: it goes on from where it was killed
         env = os.environ | {"KILL_AT": str(kill_at)}
         done = subprocess.run([sys.executable, "-c", KILLED, "prepare", "logs", *command], env=env, check=False, capture_output=True)
         assert done.returncode == -signal.SIGKILL, done.stderr
@@ -463,6 +486,36 @@ def test_other_options_or_sources_are_an_error(logs: Path, capfd: pytest.Capture
     assert prepare("logs", "--out", "d.jsonl") == 1
     assert "changed since" in capfd.readouterr().err
     assert prepare("logs", "--out", "d.jsonl", "--overwrite") == 0
+
+
+# --- memory
+
+MEASURED = """
+import resource, sys
+from luthier.data.logs import run, settings
+settings.MEMO_BYTES, settings.TEMPLATE_BYTES, settings.SEEN_SLOTS, settings.CHECKPOINT = 1 << 19, 1 << 20, 1 << 15, 1 << 21
+from luthier.cli import main
+code = main(["prepare", "logs", sys.argv[1], "--out", sys.argv[2], "--as", "severity,template,next-line,summarise"])
+print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
+    """Lines of drawn words, so that all tables are full within the first MB or two; then four times as much is read."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghij", k=7)) for _ in range(20_000)]
+    peaks = []
+    for n in (15_000, 60_000):
+        with zstandard.open(tmp_path / f"{n}.zst", "wt") as file:
+            for k in range(n):
+                file.write(f"2024-05-01 10:00:{k % 60:02d} INFO {' '.join(draw.choices(words, k=draw.randrange(6, 14)))} {k}\n")
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURED, str(tmp_path / f"{n}.zst"), str(tmp_path / f"{n}.jsonl")], check=True, capture_output=True, text=True
+        )
+        peaks.append(int(done.stdout.rsplit("PEAK", 1)[1]) / 1024)
+    assert peaks[1] < peaks[0] + 8 and peaks[1] < 150, peaks  # MiB; what malloc keeps may differ a little
 
 
 # --- an object store
@@ -500,6 +553,21 @@ def test_s3_is_read_and_written_where_it_is(logs: Path, monkeypatch: pytest.Monk
 
 
 # --- to a training run
+
+
+def test_a_few_steps_on_logs_lower_the_loss(shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = Path(cli.__file__).parent / "demo" / "base_model"
+    monkeypatch.chdir(tmp_path)
+    made = ["--out", "logs.jsonl", "--validation", "later.jsonl", "--tokenizer", base, "--max-tokens", 96]
+    assert prepare(shared_data / "logs" / "Apache_2k.log", *made) == 0
+    Path("cfg.yml").write_text(
+        f"base_model: {base}\nadapter: lora\nlora_r: 8\nlora_alpha: 16\nlora_target_linear: true\n"
+        "datasets: [{path: 'logs.jsonl#60', type: completion}]\ntest_datasets: [{path: 'later.jsonl#8', type: completion}]\n"
+        "sequence_len: 96\nmicro_batch_size: 4\nmax_steps: 8\nlearning_rate: 5e-3\neval_steps: 4\noutput_dir: run\n"
+    )
+    assert cli.main(["train", "cfg.yml"]) == 0
+    losses = [row["eval_loss"] for row in rows_of(Path("run/metrics.jsonl")) if "eval_loss" in row]
+    assert len(losses) >= 2 and losses[-1] < losses[0]
 
 
 @pytest.mark.slow

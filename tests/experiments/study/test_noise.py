@@ -40,10 +40,12 @@ def test_tails_are_those_of_draws():
 @pytest.mark.parametrize(
     ("grid", "more"),
     [
-        ({"lora_r": [8, 16, 32, 64]}, {"seeds": 3}),
         ({"lora_r": [8, 16], "optimizer": ["adamw", "sgd", "lion"]}, {"seeds": 2}),
-        ({"adapter": ["lora", "qlora"]}, {"seeds": 4, "of_seed": 0.1}),
-        ({"lora_r": [8, 16, 32, 64], "lora_alpha": [1, 2, 4, 8]}, {"seeds": 1}),
+        pytest.param({"lora_r": [8, 16, 32, 64]}, {"seeds": 3}, marks=pytest.mark.slow),
+        pytest.param({"adapter": ["lora", "qlora"]}, {"seeds": 4, "of_seed": 0.1}, marks=pytest.mark.slow),
+        pytest.param(
+            {"lora_r": [8, 16, 32, 64], "lora_alpha": [1, 2, 4, 8]}, {"seeds": 1}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_study_of_noise_claims_a_difference_in_one_of_twenty(grid: dict[str, list[Any]], more: dict[str, Any]):

@@ -235,6 +235,24 @@ def test_a_logarithmic_axis_from_left_to_right():
     assert 'left:50.00%" aria-hidden="true">64<' in drawn and "&lt;b&gt;" in drawn and ">rank<" in drawn
 
 
+@pytest.mark.parametrize(
+    ("second", "fits"),
+    [
+        ((0.55, 1.0), False),  # its words go to the left, towards the first one's
+        ((0.95, 1.0), True),
+        ((0.1, 1.0), False),
+        ((0.1, 8.0), True),
+        ((0.55, 8.0), True),
+    ],
+)
+def test_words_beside_points_do_not_lie_on_each_other(second: tuple[float, float], fits: bool):
+    points = [(0.0, 0.0), (0.05, 1.0), second, (1.0, 10.0)]
+    labels = [(*points[1], "the first of them"), (*second, "the second one")]
+    dots = Series("a", points, "c1", dots=True, line=False)
+    drawn = line_chart(Chart("y", [dots], x="rank", labels=labels))
+    assert "the first of them</span>" in drawn and ("the second one</span>" in drawn) is fits
+
+
 def test_dots_and_bars_without_a_line():
     chart = Chart("y", [Series("a", [(1.0, 1.0), (2.0, 5.0)], "c1", dots=True, line=False, names=["one", "two"],
                                spans=[(1.0, 0.0, 9.0)])], x="rank")  # fmt: skip

@@ -39,7 +39,8 @@ def history() -> Any:
 
 
 # The sampler looks at what is there from the 11th on.
-@pytest.mark.parametrize(("stopped", "trials"), [(1, 3), pytest.param(5, 12, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("stopped", "trials"), [(1, 3), (5, 12)])
 def test_a_search_goes_on_as_if_it_had_not_been_stopped(
     stopped: int, trials: int, sweep: Sweep, capsys: pytest.CaptureFixture[str]
 ):

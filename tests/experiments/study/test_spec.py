@@ -120,7 +120,9 @@ def test_the_base_may_be_keys_with_expressions_or_another_tools_file(write: Writ
     assert [run.config.adapter.lora_alpha for run in found] == [8, 12]
     axolotl = {**BASE, "flash_attention": False, "xformers_attention": None, "val_set_size": 0.1}
     (tmp_path / "axolotl.yml").write_text(yaml.safe_dump(axolotl))
-    assert len(runs_of(write({"base": "axolotl.yml", "grid": {"lora_r": [2, 3]}})).runs) == 2
+    asked = write({"base": "axolotl.yml", "grid": {"lora_r": [2, 3]}})
+    assert "turns evaluations off" in fails(asked)  # as Axolotl does where nothing asks for them
+    assert len(runs_of(asked, "evals_per_epoch=1").runs) == 2
 
 
 def test_the_base_lies_beside_the_study(write: Write, tmp_path: Path):
@@ -171,7 +173,9 @@ BAD = [
     ({"grid": {"lora_alpha": ["=2*lora_r"], "lora_r": ["=lora_alpha/2"]}}, "follows from itself (lora_alpha -> lora_r"),
     ({"grid": {"lora_r": ["=lora_alpha/3"]}}, "lora_r: expected a whole number"),
     ({"grid": {"adapter": ["lora", None]}}, "lora_r does nothing without an adapter"),
-    ({"seeds": 2, "base": {**BASE, "val_set_size": 0}}, "eval_loss needs validation data, and there is none"),
+    ({"seeds": 2, "base": {**BASE, "val_set_size": 0}}, "there is no validation data"),
+    ({"seeds": 2, "base": {**BASE, "evals_per_epoch": 0}}, "`evals_per_epoch: 0` turns evaluations off"),
+    ({"grid": {"eval_steps": [5, 6]}, "base": {**BASE, "max_steps": 5}}, "is behind the last step (5)"),
     ({"search": "optima", "space": {"lora_r": [1, 2]}, "trials": 2}, "search: expected optuna"),
     ({"search": "optuna", "space": {"lora_r": [1, 2]}}, "trials is missing"),
     ({"search": "optuna", "trials": 2}, "space is missing"),

@@ -116,6 +116,8 @@ def test_what_is_kept(keep: str, left: set[str], sweep: Sweep):
 def test_a_metric_that_no_run_has(sweep: Sweep, capsys: pytest.CaptureFixture[str]):
     assert sweep({**GRID, "metric": "eval_los", "goal": "min"}) == 2
     said = capsys.readouterr().err
+    before, _, said = said.partition("study s: ")
+    assert "study.yml:8: metric: eval_los is looked for when the first run ends. Did you mean eval_loss?" in before
     assert "study.yml:8: metric: eval_los is no figure of a run. Did you mean eval_loss?" in said
     assert "There are eval_loss, eval_loss_best" in said
     assert len(list(Path("s/runs").glob("*.log"))) == 1  # the first run showed it

@@ -194,7 +194,7 @@ class FastLanguageModel:
                 'run do it: luthier.train({..., "load_in_4bit": True, "peft_init_lora_weights": "loftq"})'
             )
         layers = [layers_to_transform] if isinstance(layers_to_transform, int) else layers_to_transform
-        check_lora(LoraConfig(r=r, bias=bias, init_lora_weights=init_lora_weights))  # type: ignore[arg-type]
+        check_lora(LoraConfig(r=r, bias=bias, init_lora_weights=init_lora_weights))
         targets = target_modules if isinstance(target_modules, str) else list(target_modules or [])
         inner = inner_of(model)
         keys = {
@@ -233,7 +233,7 @@ class FastLanguageModel:
                 use_rslora=use_rslora,
                 use_dora=use_dora,
                 modules_to_save=list(modules_to_save or []) or None,
-                init_lora_weights=init_lora_weights,  # type: ignore[arg-type]
+                init_lora_weights=init_lora_weights,
                 rank_pattern=dict(rank_pattern or {}),
                 alpha_pattern=dict(alpha_pattern or {}),
                 target_parameters=list(target_parameters or []) or None,

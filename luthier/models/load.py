@@ -142,7 +142,7 @@ def model_class(model: ModelConfig, model_config: Any) -> Any:
             raise ConfigError(
                 f"model_type: transformers {transformers.__version__} has no model class {model.model_type!r}"
             )
-        if chosen.config_class is not None and not isinstance(model_config, chosen.config_class):
+        if (reads := getattr(chosen, "config_class", None)) is not None and not isinstance(model_config, reads):
             raise ConfigError(
                 f"model_type: {model.model_type} does not read {model.base_model}, which is a "
                 f"{model_config.model_type!r} model; leave model_type out"

@@ -294,9 +294,8 @@ def test_memory_and_status_of_a_process_are_seen_from_outside(tmp_path: Path) ->
     assert process.tail(tmp_path / "log") == ""
 
 
-@pytest.mark.parametrize(
-    ("task", "kind"), [("sft", "whole"), *(pytest.param(task, task, marks=pytest.mark.slow) for task in rows.TASKS[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "kind"), [("sft", "whole"), *((task, task) for task in rows.TASKS[1:])])
 def test_a_whole_run_writes_a_result(
     task: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

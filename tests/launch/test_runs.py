@@ -56,6 +56,7 @@ def _process_of_rank(launcher: int, rank: int) -> int:
     raise AssertionError(f"rank {rank} of {launcher} is not there")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found in /proc")
 def test_a_killed_process_ends_all_and_the_run_goes_on_exactly(run_config: MakeConfig, tmp_path: Path) -> None:
     values = dict(gradient_accumulation_steps=1, learning_rate=1e-3, lr_scheduler="constant", num_epochs=1000)

@@ -204,6 +204,7 @@ def test_two_processes_make_the_run_of_one_in_other_ways(make: Callable[..., Con
     assert len(one) == len(other) > 0
 
 
+@pytest.mark.slow
 def test_out_of_memory_on_one_ends_all_and_the_run_goes_on_with_half_until_a_signal(
     make: Callable[..., Config], tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from luthier.config import Config
+from luthier.data.loader import StepLoader
 from luthier.errors import RunError
 from luthier.train import checkpoint, loop, run
 from luthier.train.run import train
@@ -87,7 +88,7 @@ def test_a_loss_that_was_not_finite_is_named_when_it_is_read(
     run_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, far_device: list[int]
 ) -> None:
     """The fourth of ten: the checkpoint of step 2 is the last, and the rows are those of step 4."""
-    loader = run.StepLoader
+    loader = StepLoader
     seen: list[list[str]] = []
 
     class Fourth(run.SFT):

@@ -10,10 +10,8 @@ import re
 from dataclasses import dataclass
 from typing import IO, Any
 
+from luthier.data.stream.addresses import EXTRAS
 from luthier.errors import ConfigError, DataError
-
-EXTRAS = {"s3": "s3", "s3a": "s3", "az": "azure", "abfs": "azure", "abfss": "azure", "adl": "azure", "gs": "gcs",
-          "gcs": "gcs"}  # fmt: skip
 
 
 @dataclass(frozen=True)

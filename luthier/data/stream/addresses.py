@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 from luthier.errors import DataError
 
 _ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://", re.IGNORECASE)
-_EXTRAS = {
+EXTRAS = {
+    **dict.fromkeys(("http", "https"), "http"),
     **dict.fromkeys(("s3", "s3a"), "s3"),
     **dict.fromkeys(("gs", "gcs"), "gcs"),
     **dict.fromkeys(("az", "abfs", "abfss", "adl", "wasb", "wasbs"), "azure"),
 }
+"""What of Luthier's extras brings the driver of a scheme."""
 # What storages call the version or the time of a file, the most telling first.
 _VERSIONS = (
     *("ETag", "etag", "md5Hash", "content_md5", "version_id"),
@@ -48,7 +50,7 @@ def readable_address(address: str) -> Iterator[None]:
         raise
     except ImportError as error:
         scheme = scheme_of(address)
-        extra = _EXTRAS.get(scheme)
+        extra = EXTRAS.get(scheme)
         how = f"pip install 'luthier[{extra}]'" if extra else str(error)
         raise DataError(f"{address}: reading {scheme}:// needs a package that is not installed: {how}") from error
     except Exception as error:  # each storage's driver has errors of its own, with no class in common

@@ -491,17 +491,20 @@ def test_other_options_or_sources_are_an_error(logs: Path, capfd: pytest.Capture
 # --- memory
 
 MEASURED = """
-import resource, sys
+import sys
+from pathlib import Path
 from luthier.data.logs import run, settings
 settings.MEMO_BYTES, settings.TEMPLATE_BYTES, settings.SEEN_SLOTS, settings.CHECKPOINT = 1 << 19, 1 << 20, 1 << 15, 1 << 21
 from luthier.cli import main
 code = main(["prepare", "logs", sys.argv[1], "--out", sys.argv[2], "--as", "severity,template,next-line,summarise"])
-print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+status = Path("/proc/self/status").read_text()  # of getrusage, the peak is also that of whoever started the process
+print("PEAK", status.split("VmHWM:")[1].split()[0])
 sys.exit(code)
 """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read in /proc")
 def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
     """Lines of drawn words, so that all tables are full within the first MB or two; then four times as much is read."""
     draw = random.Random(0)
@@ -515,7 +518,7 @@ def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
             [sys.executable, "-c", MEASURED, str(tmp_path / f"{n}.zst"), str(tmp_path / f"{n}.jsonl")], check=True, capture_output=True, text=True
         )
         peaks.append(int(done.stdout.rsplit("PEAK", 1)[1]) / 1024)
-    assert peaks[1] < peaks[0] + 8 and peaks[1] < 150, peaks  # MiB; what malloc keeps may differ a little
+    assert peaks[1] < peaks[0] + 8 and peaks[1] < 100, peaks  # MiB; what malloc keeps may differ a little
 
 
 # --- an object store

@@ -81,7 +81,7 @@ def test_offline_the_artifact_lies_in_the_runs_files(
     said = luthier(*config, "--wandb_mode", "offline").stderr
     assert "wandb sync" in said and "will not say which artifacts it was made from" in said
     (logged,) = logged_offline(tmp_path)
-    assert (logged.name, logged.type) == ("my-run", "model") and list(logged.aliases) == ["latest", "final", "step-2"]
+    assert (logged.name, logged.type) == ("my-run", "model") and set(logged.aliases) == {"latest", "final", "step-2"}
     contents = {each.path: Path(each.local_path) for each in logged.manifest.contents}
     weights = tmp_path / "my run" / "adapter_model.safetensors"
     assert contents["adapter_model.safetensors"].read_bytes() == weights.read_bytes()
